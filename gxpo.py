@@ -1,0 +1,783 @@
+# gxpo.py 1.0.0, from the gxpo project. MIT licence, copyright (c) 2026 the gxpo authors.
+# Follows GXPO conformance spec 1.0; `python gxpo.py` checks a pasted copy in a few seconds.
+"""GXPO, Gradient Extrapolation-Based Policy Optimization (arXiv 2605.06755), around any torch optimizer.
+
+One step on one batch, while active; U is the base optimizer, s its state, c the gradient clipping:
+
+    g0 = grad L(theta0)     theta1, s1 = U(theta0, s0, c0 g0)       first fast step
+    g1 = grad L(theta1)     theta2, s2 = U(theta1, s1, c1 g1)       second fast step
+    r  = (c1 g1) / (c0 g0)                                          how much of the gradient each coordinate kept
+    q  = S_K(r) / S_2(r),   S_n(r) = 1 + r + ... + r^(n-1)          K steps, measured in pairs of steps
+    thetaK = theta0 + q (theta2 - theta0)                           where K steps would lead
+    theta~ = theta0 + alpha (thetaK - theta0)                       go part of the way
+    g~ = grad L(theta~)     theta', s' = U(theta~, s2 or s0, c~ g~) correct with the true gradient there
+
+Three gradients in place of K + 1. A gate watches one figure a step (the norm of g~, say); when that leaves
+its usual range, every later step is the base optimizer's own: one gradient, nothing else.
+
+    opt = GXPO(torch.optim.AdamW(model.parameters(), lr=1e-6), horizon=5, alpha=0.5, max_grad_norm=1.0)
+
+    for batch in batches:
+        for _ in opt.passes():              # 3 turns while active, 1 after fallback; zeroes, clips and steps by itself
+            loss_fn(batch).backward()       # the same batch, rewards, advantages and old log-probabilities each time
+
+`opt.step(closure)` does the same with a closure. `opt.lookahead()` is for trainers that own the last step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["GXPO", "Gate", "GateState", "Report", "extrapolation_scale", "retention_ratio"]
+__version__ = "1.0.0"
+SPEC_VERSION = "1.0"  # of the conformance suite's SPEC.md; clause numbers in the comments are its own
+
+ESTIMATORS = ("gradient", "displacement", "tensor")
+STATE_POLICIES = ("keep", "restore")
+STATISTICS = ("corrective_norm", "initial_norm", "disagreement", "supplied", "never")
+BASELINES = ("window", "ema")
+
+
+# ------------------------------------------------------------------------------------------------ the mathematics
+
+
+def clip_coefficient(norm: float, max_norm: float | None) -> float:
+    """c = min(1, C / (|g| + 1e-6)), as torch.nn.utils.clip_grad_norm_ has it (CLP-01)."""
+    return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+def retention_ratio(before: Tensor, after: Tensor, rms: Tensor) -> Tensor:
+    """r = after / before, coordinatewise, clamped to [-2, 3].
+
+    A coordinate takes part only where |before| > 1e-3 `rms`, the root mean square of the whole tensor (EST-02), and
+    where the ratio is finite (EST-04). Elsewhere r is 0, for which q is exactly 1: not extrapolated.
+    """
+    r = torch.where(before.abs() > 1e-3 * rms, after / before, 0.0)
+    return r.nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0)
+
+
+def extrapolation_scale(r: Tensor, horizon: int) -> Tensor:
+    """q = S_K(r) / S_2(r), clamped to [1, K/2 + 1]: K steps' displacement in units of two steps'.
+
+    1 + r divides S_K for even K, which leaves 1 + r^2 + r^4 + ... + r^(K-2). Odd K goes up to r^(K-3) and adds
+    r^(K-1) / (1 + r), with q = 1 at the pole. (1 - r^K) / (1 - r), the textbook form, loses r = 1 (EXT-03).
+    """
+    r2 = r * r
+    q = torch.ones_like(r)
+    for _ in range(horizon // 2 - 1):
+        q = 1.0 + r2 * q
+    if horizon % 2:
+        pole = (1.0 + r).abs() <= 1e-8
+        q = torch.where(pole, 1.0, q + r2 ** (horizon // 2) / (1.0 + r))
+    # inf - inf arises only for odd K and r < -1, where q is negative: 1 after the clamp, too (EXT-04)
+    return q.nan_to_num_(nan=1.0).clamp_(1.0, horizon / 2 + 1)
+
+
+# ------------------------------------------------------------------------------------------------------- the gate
+
+
+def _require(ok: bool, name: str, bound: str, value: object) -> None:
+    if not ok:
+        raise ValueError(f"{name} must be {bound}, got {value!r}")
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object, above: float = -math.inf) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
+
+
+@dataclass(frozen=True)
+class GateState:
+    """All that the gate remembers from step to step; plain scalars, so that a checkpoint can hold it."""
+
+    step: int = 0  # outer steps done
+    active_steps: int = 0
+    fallback_step: int | None = None  # the last step that closed the gate
+    streak: int = 0  # surprising observations in a row
+    pinned: tuple[float, float] | None = None  # (mu, sigma) that scored the open streak's first member
+    seen: int = 0  # observations so far
+    history: tuple[float, ...] = ()  # the latest of them
+    mean: float = 1.0  # of the "ema" baseline; it starts from (1, 1)
+    variance: float = 1.0
+    reference: float | None = None  # of the level rule: mean of the first full window
+
+
+@dataclass(frozen=True)
+class Gate:
+    """When to fall back to single-pass steps: one observation h a step, scored against the recent past.
+
+    z = (h - mu) / (sigma + 1e-9); the gate closes when z >= threshold, `patience` times in a row. The step that
+    closes it stands, the next is the first single pass. Raises ValueError for a value out of bounds.
+    """
+
+    statistic: str = "corrective_norm"  # |g~| before clipping; "initial_norm" |g0|; "disagreement" 1 - |cos(g0, g~)|;
+    #                                     "supplied" by observe(statistic=...), entropy say; "never"
+    baseline: str = "window"  # mu, sigma of the preceding `window` observations, or "ema" with rate `omega`
+    window: int = 30
+    omega: float = 0.1
+    threshold: float = 3.0
+    patience: int = 3
+    two_sided: bool = False  # score |z|: an unusually low value counts as well
+    warmup: int = 0  # steps that observe nothing
+    cooldown: int | None = None  # single passes until the gate opens again; None: permanent
+    max_active_steps: int | None = None  # after so many active steps, off for good
+    level: float | None = None  # also close when the last 10 have a median above level x the first window's mean
+
+    def __post_init__(self) -> None:
+        _require(self.statistic in STATISTICS, "statistic", f"one of {STATISTICS}", self.statistic)
+        _require(self.baseline in BASELINES, "baseline", f"one of {BASELINES}", self.baseline)
+        _require(_is_int(self.window, 2), "window", "an int >= 2", self.window)
+        _require(_is_number(self.omega, above=0) and self.omega <= 1, "omega", "a number in (0, 1]", self.omega)
+        _require(_is_number(self.threshold, above=0), "threshold", "a number > 0", self.threshold)
+        _require(_is_int(self.patience, 1), "patience", "an int >= 1", self.patience)
+        _require(isinstance(self.two_sided, bool), "two_sided", "True or False", self.two_sided)
+        _require(_is_int(self.warmup, 0), "warmup", "an int >= 0", self.warmup)
+        for name in ("cooldown", "max_active_steps"):
+            value = getattr(self, name)
+            _require(value is None or _is_int(value, 0), name, "None or an int >= 0", value)
+        _require(self.level is None or _is_number(self.level, above=0), "level", "None or a number > 0", self.level)
+
+    def is_open(self, s: GateState) -> bool:
+        """Whether the step that comes next is an active one."""
+        if self.max_active_steps is not None and s.active_steps >= self.max_active_steps:
+            return False
+        return s.fallback_step is None or (self.cooldown is not None and s.step > s.fallback_step + self.cooldown)
+
+    def usual(self, s: GateState) -> tuple[float, float] | None:
+        """(mu, sigma) of the past, the new observation never included (GAT-02); None while there is too little."""
+        if self.baseline == "ema":  # two unscored: (1, 1) is no knowledge of anybody's norms (GAT-18)
+            return None if s.seen < 2 else (s.mean, max(math.sqrt(s.variance), 0.01))
+        if s.seen < self.window:
+            return None
+        past = s.history[-self.window :]
+        mu = math.fsum(past) / self.window
+        return mu, math.sqrt(math.fsum((h - mu) ** 2 for h in past) / self.window)
+
+    def after(self, s: GateState, active: bool, h: float | None = None) -> tuple[GateState, float | None, int]:
+        """The state after one more step, the score z and the streak with it; `h`: its observation, None without one."""
+        closes, z, streak = False, None, s.streak
+        if h is not None and s.step >= self.warmup:
+            # An open streak is scored by what scored its first member, or its own values would hide it (GAT-11).
+            usual = s.pinned or self.usual(s)
+            if usual is not None:
+                z = (h - usual[0]) / (usual[1] + 1e-9)
+            surprising = z is not None and (abs(z) if self.two_sided else z) >= self.threshold
+            streak = s.streak + 1 if surprising else 0
+            history, reference = (*s.history, h)[-max(self.window, 10) :], s.reference
+            closes = streak == self.patience
+            if self.level is not None and reference is not None and len(history) >= 10:
+                closes = closes or statistics.median(history[-10:]) > self.level * reference
+            if s.seen + 1 == self.window:
+                reference = math.fsum(history[-self.window :]) / self.window
+            s = dataclasses.replace(
+                s,
+                streak=0 if closes else streak,
+                pinned=usual if surprising and not closes else None,
+                seen=s.seen + 1,
+                history=history,
+                mean=(1 - self.omega) * s.mean + self.omega * h,
+                variance=(1 - self.omega) * s.variance + self.omega * (h - s.mean) ** 2,
+                reference=reference,
+            )
+        active_steps = s.active_steps + active
+        closes = closes or (active and active_steps == self.max_active_steps)
+        fallback = s.step if closes else s.fallback_step
+        return dataclasses.replace(s, step=s.step + 1, active_steps=active_steps, fallback_step=fallback), z, streak
+
+
+# ----------------------------------------------------------------------------------------------- tensors, in blocks
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """At least float32: the type in which ratios, norms and moves are computed."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """The same rows of every tensor, some at a time: temporaries stay small and, on a CPU, in cache."""
+    first = tensors[0]
+    block = 2**16 if first.device.type == "cpu" else 2**24
+    if first.dim() == 0 or first.numel() <= block:
+        yield tensors
+    else:
+        yield from zip(*(t.split(max(1, block * len(first) // first.numel())) for t in tensors), strict=True)
+
+
+def _wide_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    for block in _blocks(*tensors):
+        yield tuple(t.to(_wide_dtype(t.dtype)) for t in block)
+
+
+def _norm(blocks: Iterable[Tensor]) -> Tensor:
+    """2-norm of all blocks together. Block by block, because one float32 sum over 7e7 numbers is 0.4 % off on a CPU."""
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(b) for b in blocks]))
+
+
+_Saved = list[tuple[dict, dict]]  # (a live dict, its entries as key -> (value, copy of the value))
+
+
+def _copy_state(opt: torch.optim.Optimizer) -> tuple[dict, _Saved]:
+    """All that opt.step() may write besides parameters: its state and what it keeps in its groups."""
+
+    def entries(d: dict) -> dict:
+        kept = {k: v for k, v in d.items() if k != "params"}
+        return {k: (v, v.clone() if isinstance(v, Tensor) else deepcopy(v)) for k, v in kept.items()}
+
+    return dict(opt.state), [(d, entries(d)) for d in (*opt.state.values(), *opt.param_groups)]
+
+
+def _restore_state(opt: torch.optim.Optimizer, saved: tuple[dict, _Saved]) -> None:
+    """The same tensors with their old values; entries made since then removed. Never through load_state_dict, which
+    may cast (ATM-02)."""
+    state, dicts = saved
+    for p in opt.state.keys() - state.keys():
+        del opt.state[p]
+    opt.state.update(state)
+    for d, entries in dicts:
+        for k in d.keys() - entries.keys() - {"params"}:
+            del d[k]
+        for k, (value, copy) in entries.items():
+            d[k] = value.copy_(copy) if isinstance(value, Tensor) else deepcopy(copy)
+
+
+def _rng_states(params: list[Tensor]) -> list[tuple[Callable[[Tensor], None], Tensor]]:
+    """(setter, state) of the CPU's random generator and of those of the parameters' devices."""
+    states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
+    for device in {p.device for p in params if p.device.type != "cpu"}:
+        module = getattr(torch, device.type)
+        states.append((functools.partial(module.set_rng_state, device=device), module.get_rng_state(device)))
+    return states
+
+
+# ----------------------------------------------------------------------------------------------------- the optimizer
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last step did. A figure that was not measured is None here and absent from metrics()."""
+
+    step: int  # number of the outer step, from 0
+    outcome: str  # "active", "single", "rolled back" (to a single pass) or "skipped" (nothing changed)
+    why: str
+    passes: int  # gradients taken
+    loss: float | None  # at theta0
+    grad_norms: tuple[float, ...]  # |g0|, |g1|, |g~|, before clipping
+    mean_q: float | None  # over all coordinates
+    multiplier: float | None  # 1 + 2 alpha mean_q: a plain step at so many times the learning rate moves about as far
+    statistic: float | None  # h
+    z: float | None
+    streak: int  # surprising observations in a row, this one included
+    fallback_step: int | None  # the step that closed the gate, while it is closed
+
+    @property
+    def active(self) -> bool:
+        return self.outcome == "active"
+
+    def metrics(self, prefix: str = "gxpo/") -> dict[str, float]:
+        """A flat dict of floats, as loggers take it."""
+        names = ("passes", "loss", "mean_q", "multiplier", "statistic", "z", "streak", "fallback_step")
+        values = {name: getattr(self, name) for name in names}
+        values |= {name: self.outcome == name.replace("_", " ") for name in ("active", "rolled_back", "skipped")}
+        values |= zip(("grad_norm_initial", "grad_norm_second", "grad_norm_corrective"), self.grad_norms, strict=False)
+        return {prefix + name: float(value) for name, value in values.items() if value is not None}
+
+
+@dataclass
+class _Step:
+    """Scratch of the step in progress."""
+
+    active: bool
+    owned: bool = False  # by passes() or step(closure), which clip the last gradient too; lookahead() leaves it alone
+    ready: bool = False  # every gradient is there, the last optimizer step is not done
+    outcome: str = "single"
+    why: str = ""
+    passes: int = 0
+    norm: float = 0.0  # of the gradient at hand
+    norms: list[float] = field(default_factory=list)
+    loss: float | None = None
+    theta0: dict[Tensor, Tensor] = field(default_factory=dict)
+    kept: dict[Tensor, Tensor] = field(default_factory=dict)  # g0 (theta1 for the displacement's estimators), then q
+    g0: dict[Tensor, Tensor] = field(default_factory=dict)  # for the statistic that needs it after q took its place
+    state: tuple[dict, _Saved] | None = None  # s0
+    sum_q: list[Tensor] = field(default_factory=list)
+    mean_q: float | None = None
+    statistic: float | None = None
+
+
+class GXPO(torch.optim.Optimizer):
+    """GXPO around a built torch optimizer; see the module's docstring for the step.
+
+    base: any torch.optim.Optimizer that steps from .grad without a closure. Its param_groups and state are GXPO's own.
+    horizon: K, the number of steps to predict, an int >= 2; 2 is SFPO with two fast steps. (paper: 3, 5, 10)
+    alpha: part of the way to thetaK, a number >= 0. (paper: 0.1 to 1, first 0.5)
+    estimator: where r comes from. "gradient" (paper); "displacement", what the optimizer did in place of what the
+        gradient said; "tensor", the same as one number per tensor, which keeps the update's direction. (ours)
+    optimizer_state: "keep", the corrective step goes on from s2, so the state advances three times a step (paper's
+        first); "restore", it starts from s0 and the fast steps leave no trace (paper's later).
+    max_grad_norm: C, clips each gradient by its global norm; None: no clipping. Do not clip in the closure: the gate
+        and the ratio have to see the norm as it was.
+    gate: when to fall back to single passes; None: never.
+    rollback: keep a copy of the optimizer's state through each active step, so that a failed one leaves no trace.
+        False saves that memory with optimizer_state="keep" and gives up just this: parameters still return to theta0,
+        the optimizer's state keeps the fast steps that a failed step had made.
+    replay_rng: give every pass the random numbers of the first, so that dropout masks agree (not under lookahead(),
+        where the first pass is the trainer's). BatchNorm still updates its running statistics in every pass: keep
+        such layers in eval mode.
+
+    Raises ValueError for a value out of bounds, TypeError for a base that cannot be wrapped.
+    """
+
+    # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
+    _step_supports_amp_scaling = True
+    _FAST_STEPS = 2
+    _SETTINGS = ("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate", "rollback", "replay_rng")
+
+    def __init__(
+        self,
+        base: torch.optim.Optimizer,
+        *,
+        horizon: int = 5,
+        alpha: float = 0.5,
+        estimator: str = "gradient",
+        optimizer_state: str = "keep",
+        max_grad_norm: float | None = None,
+        gate: Gate | None = Gate(),
+        rollback: bool = True,
+        replay_rng: bool = True,
+    ) -> None:
+        if not isinstance(base, torch.optim.Optimizer) or isinstance(base, GXPO | torch.optim.LBFGS):
+            raise TypeError(f"base must be a torch.optim.Optimizer that steps without a closure, got {type(base)}")
+        complex_dtypes = {p.dtype for g in base.param_groups for p in g["params"] if p.is_complex()}
+        if complex_dtypes:
+            raise TypeError(f"GXPO takes real parameters only, got {complex_dtypes}: use torch.view_as_real")
+        _require(_is_int(horizon, 2), "horizon", "an int >= 2", horizon)
+        _require(_is_number(alpha) and alpha >= 0, "alpha", "a number >= 0", alpha)
+        _require(estimator in ESTIMATORS, "estimator", f"one of {ESTIMATORS}", estimator)
+        _require(optimizer_state in STATE_POLICIES, "optimizer_state", f"one of {STATE_POLICIES}", optimizer_state)
+        unclipped = max_grad_norm is None
+        _require(
+            unclipped or _is_number(max_grad_norm, above=0), "max_grad_norm", "None or a number > 0", max_grad_norm
+        )
+        _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
+        gate = gate or Gate("never")
+        values = horizon, alpha, estimator, optimizer_state, max_grad_norm, gate, rollback, replay_rng
+        settings = dict(zip(self._SETTINGS, values, strict=True))
+        self.__setstate__({**settings, "base": base, "gate_state": GateState(), "report": None})
+
+    # -- the step
+
+    @torch.no_grad()
+    def lookahead(self) -> bool:
+        """Take in the gradient of the pass just done (in .grad) and do everything but the last optimizer step.
+
+        True: parameters have moved and .grad is empty; run forward and backward again, on the same batch, and call
+        this again. False: .grad holds the last gradient, UNCLIPPED; clip it if you like and call step() without a
+        closure. If anything fails in between, call abort(). step(closure) and passes() are built on this.
+
+        Raises RuntimeError where no parameter has a gradient, TypeError for sparse ones; both leave all as it was.
+        """
+        step = self._open or self._begin()
+        if step.ready:
+            raise RuntimeError("lookahead() has returned False: call step() now, or abort()")
+        try:
+            return self._lookahead(step)
+        except BaseException:
+            self.abort()
+            raise
+
+    def _lookahead(self, step: _Step) -> bool:
+        params = self._params_with_grad()
+        norm, loss, cosine = self._read(step, params)
+        step.passes, step.norm = step.passes + 1, norm
+
+        finite = math.isfinite(norm) and (loss is None or math.isfinite(loss))
+        if not finite:
+            what = f"non-finite {'loss' if math.isfinite(norm) else 'gradient'} in pass {step.passes}"
+            step.why = f"{step.why}, then {what}" if step.why else what
+        if step.outcome != "rolled back":  # that one's last pass repeats the first
+            step.norms.append(norm)
+            step.loss = loss if step.passes == 1 else step.loss
+        if not finite:  # NUM-02 to NUM-05
+            repeat = step.active and step.passes > 1
+            if repeat:
+                self._rewind(step)
+            step.active, step.ready, step.outcome = False, not repeat, "rolled back" if repeat else "skipped"
+            return repeat
+        if not step.active or (step.passes == 1 and norm == 0):  # NUM-01: nothing to extrapolate from, nothing to see
+            closed = (
+                "gate closed"
+                if self.gate_state.fallback_step is None
+                else f"gate closed at step {self.gate_state.fallback_step}"
+            )
+            step.why = step.why or ("zero gradient" if step.active else closed)
+            step.active, step.ready = False, True
+            return False
+        if step.passes == 1 and self.gate.statistic == "supplied" and self._supplied is None:
+            raise RuntimeError("the gate's statistic is supplied: call observe(statistic=...) in the first pass")
+
+        for p in params:
+            if p not in step.theta0:
+                step.theta0[p] = p.detach().clone()
+        if step.passes <= self._FAST_STEPS:
+            if step.passes == 1 and (self.rollback or self.optimizer_state == "restore"):
+                step.state = _copy_state(self.base)
+            if step.passes == 1 and self.gate.statistic == "disagreement":
+                step.g0 = {p: p.grad.clone() for p in params}
+            self._clip(params, norm)
+            self._fast_step(step, params)
+            if step.passes == self._FAST_STEPS:
+                self._move(step)
+                if self.optimizer_state == "restore":  # OPT-05: the fast steps leave no trace in the state
+                    _restore_state(self.base, step.state)
+            self.zero_grad()
+            return True
+
+        step.outcome, step.ready = "active", True
+        step.statistic = {
+            "corrective_norm": norm,  # before clipping: afterwards it saturates at C and the gate is blind (CLP-03)
+            "initial_norm": step.norms[0],
+            "disagreement": 1 - abs(cosine),
+            "supplied": self._supplied,
+            "never": None,
+        }[self.gate.statistic]
+        return False
+
+    def _fast_step(self, step: _Step, params: list[Tensor]) -> None:
+        """One of the two optimizer steps that show how the gradient changes. Keeps g0 after the first (theta1 for the
+        estimators that watch displacements), and turns it into q with the second."""
+        first, by_gradient = step.passes == 1, self.estimator == "gradient"
+        if by_gradient and first:
+            step.kept = {p: p.grad.clone() for p in params}
+        elif by_gradient:  # now, while the optimizer has not touched .grad
+            step.kept = {p: g0 for p, g0 in step.kept.items() if p.grad is not None}
+            step.sum_q = [self._scale_(g0, g0, p.grad) for p, g0 in step.kept.items()]
+        self.base.step()
+        if not by_gradient and first:
+            step.kept = {p: p.detach().clone() for p in params}
+        elif not by_gradient:
+            step.sum_q = [self._scale_(theta1, step.theta0[p], theta1, p) for p, theta1 in step.kept.items()]
+
+    def _scale_(self, out: Tensor, *observed: Tensor) -> Tensor:
+        """Write one tensor's q into `out`, from (g0, g1) or from (theta0, theta1, theta2); return the sum of q."""
+
+        def changes() -> Iterator[tuple[Tensor, Tensor]]:
+            for block in _wide_blocks(*observed):
+                yield block if len(block) == 2 else (block[1] - block[0], block[2] - block[1])  # u0, u1
+
+        size = _norm(before for before, _ in changes())
+        if self.estimator == "tensor":  # EST-12: <u0, u1> / <u0, u0>, by unit vectors because |u0|^2 may underflow
+            r = sum(((u0 / size) * (u1 / size)).sum() for u0, u1 in changes())
+            out.copy_(extrapolation_scale(r.nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0), self.horizon))
+        else:
+            rms = size / math.sqrt(max(1, out.numel()))
+            for (q,), (before, after) in zip(_blocks(out), changes(), strict=True):
+                q.copy_(extrapolation_scale(retention_ratio(before, after, rms), self.horizon))
+        return out.sum(dtype=_wide_dtype(out.dtype))
+
+    def _move(self, step: _Step) -> None:
+        """theta~ = theta0 + alpha q (theta2 - theta0); q = 1 for a parameter without two gradients to compare."""
+        for p, theta0 in step.theta0.items():
+            q = [step.kept[p]] if p in step.kept else []
+            tensors = (p.detach(), theta0, *q)
+            for (x, *_), (theta2, origin, *scale) in zip(_blocks(*tensors), _wide_blocks(*tensors), strict=True):
+                move = self.alpha * (theta2 - origin)
+                x.copy_(origin + (move * scale[0] if scale else move))
+
+    @torch.no_grad()
+    def _last_step(self) -> None:
+        step = self._open
+        if step is None or not step.ready:
+            raise RuntimeError(
+                "step() needs a closure that runs forward and backward and returns the loss; without one it only ends "
+                "a lookahead() that has returned False, and passes() calls it by itself"
+            )
+        try:
+            active = step.outcome == "active"
+            gate_state, z, streak = self.gate.after(self.gate_state, active, step.statistic)
+            if step.outcome != "skipped":
+                if step.owned:
+                    self._clip(self._params_with_grad(), step.norm)
+                self.base.step()
+            closed = not self.gate.is_open(gate_state)
+            report = Report(
+                step=self.gate_state.step,
+                outcome=step.outcome,
+                why=step.why or ("the gate closes" if active and closed else ""),
+                passes=step.passes,
+                loss=step.loss,
+                grad_norms=tuple(step.norms),
+                mean_q=step.mean_q,
+                multiplier=None if step.mean_q is None else 1 + 2 * self.alpha * step.mean_q,
+                statistic=step.statistic,
+                z=z,
+                streak=streak,
+                fallback_step=gate_state.fallback_step if closed else None,
+            )
+        except BaseException:
+            self.abort()
+            raise
+        self.gate_state, self.report = gate_state, report  # nothing of a failed step reaches the gate (ATM-03)
+        self._close()
+
+    # -- the two wrappers
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One outer step. `closure` runs forward and backward of the whole batch, all micro-batches, and returns the
+        loss; it is called three times while active, once after fallback. Returns the loss at theta0.
+
+        Without a closure: the last optimizer step after a lookahead() that has returned False.
+
+        Raises TypeError where the closure returns None, RuntimeError for no gradients, an enabled GradScaler or a call
+        inside passes(). These, and whatever the closure raises, leave parameters and optimizer state as they were.
+        """
+        if hasattr(self, "found_inf"):
+            del self.found_inf, self.grad_scale
+            raise RuntimeError(
+                "GXPO cannot run under an enabled GradScaler, which would hide skipped inner steps: use bfloat16, or "
+                "GradScaler(enabled=False)"
+            )
+        if closure is None:
+            return self._last_step()
+        first = None
+        with contextlib.closing(self._passes(self._last_step)) as passes:
+            for n in passes:
+                with torch.enable_grad():
+                    loss = closure()
+                if loss is None:
+                    raise TypeError("the closure must return the loss, got None")
+                self.observe(loss=loss)
+                first = loss if n == 0 else first
+        return first
+
+    def passes(self) -> Iterator[int]:
+        """One outer step as a loop: `for _ in opt.passes(): loss_fn(batch).backward()`. Yields the pass's number.
+
+        Runs three times while active, once after fallback (a fourth or second time after a non-finite pass). Leaving
+        it early (break, return, an exception that you catch) puts everything back; so that a forgotten break cannot
+        pass for training, the next step then raises RuntimeError once, unless abort() was called.
+        """
+        try:
+            yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
+        except GeneratorExit:
+            self._left = True
+            raise
+
+    def _passes(self, last: Callable[[], None]) -> Iterator[int]:
+        step = self._begin()
+        try:
+            step.owned = True
+            rng = _rng_states([p for g in self.param_groups for p in g["params"]]) if self.replay_rng else []
+            while True:
+                self.zero_grad()
+                yield step.passes
+                if not self.lookahead():
+                    break
+                for setter, state in rng:
+                    setter(state)
+            last()
+        except BaseException:
+            self.abort()
+            raise
+
+    # -- what goes with it
+
+    def observe(self, *, loss: Tensor | float | None = None, statistic: Tensor | float | None = None) -> None:
+        """Hand in what gradients do not show. `loss`: of the pass being made; a non-finite one fails the pass.
+        `statistic`: for Gate(statistic="supplied"), a finite number measured at theta0; only a step's first counts.
+        step(closure) reports the loss by itself."""
+        if loss is not None:
+            if isinstance(loss, Tensor) and loss.numel() != 1:
+                raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
+            self._loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
+        if statistic is not None and self._supplied is None:
+            value = float(statistic)
+            _require(math.isfinite(value), "statistic", "a finite number", value)
+            self._supplied = value
+
+    @torch.no_grad()
+    def abort(self) -> None:
+        """Drop the step in progress: parameters and optimizer state are as before it. Harmless where there is none."""
+        if self._open is not None:
+            self._rewind(self._open)
+        self._close()
+        self._left = False
+
+    @property
+    def active(self) -> bool:
+        """Whether the next step is an active one (three passes) or a single pass."""
+        return self.gate.is_open(self.gate_state)
+
+    def _begin(self) -> _Step:
+        if self._left:
+            self._left = False
+            raise RuntimeError(
+                "the last passes() loop was left before its end, and everything was put back: let it run out (no break "
+                "or return in it); if it was meant, or you caught an exception, call abort() first"
+            )
+        self._require_idle("another step")
+        self._open = _Step(self.active)
+        return self._open
+
+    def _close(self) -> None:
+        self._open = self._loss = self._supplied = None
+
+    def _rewind(self, step: _Step) -> None:
+        """theta0, and s0 where it was copied; copy_ keeps the tensors that others hold."""
+        for p, theta0 in step.theta0.items():
+            p.copy_(theta0)
+        if step.state is not None:
+            _restore_state(self.base, step.state)
+        self.zero_grad()
+
+    def _params_with_grad(self) -> list[Tensor]:
+        params = list(dict.fromkeys(p for g in self.param_groups for p in g["params"] if p.grad is not None))
+        if not params:
+            raise RuntimeError("no parameter has a gradient: was backward() called, on a loss that depends on them?")
+        for p in params:
+            if p.grad.layout != torch.strided or p.grad.is_complex():
+                kind = f"{p.grad.layout} {p.grad.dtype}"
+                raise TypeError(f"GXPO takes dense real gradients only, got {kind} for a parameter of {tuple(p.shape)}")
+        return params
+
+    def _read(self, step: _Step, params: list[Tensor]) -> tuple[float, float | None, float]:
+        """|g|, the loss, and cos(g0, g) where it is wanted: the one host sync of a pass."""
+        last = step.active and step.passes == self._FAST_STEPS
+        dots = [(p.grad, step.g0[p]) for p in params if p in step.g0] if last else []
+        figures = {
+            "norm": [_norm(b for (b,) in _wide_blocks(p.grad)) for p in params],
+            "loss": [self._loss.reshape(())] if isinstance(self._loss, Tensor) else [],
+            "dot": [sum((a * b).sum() for a, b in _wide_blocks(*pair)) for pair in dots],
+            "q": step.sum_q if last else [],
+        }
+        device = params[0].device
+        dtype = functools.reduce(torch.promote_types, {p.grad.dtype for p in params}, torch.float32)
+        flat = torch.stack([f.to(device, dtype) for fs in figures.values() for f in fs]).tolist()  # HOST SYNC
+        values = iter(flat)
+        read = {name: [next(values) for _ in fs] for name, fs in figures.items()}
+
+        norm = math.hypot(*read["norm"])
+        loss = read["loss"][0] if read["loss"] else self._loss
+        self._loss = None
+        if step.sum_q and last:
+            not_scaled = sum(p.numel() for p in step.theta0 if p not in step.kept)
+            step.mean_q = (math.fsum(read["q"]) + not_scaled) / max(1, sum(p.numel() for p in step.theta0))
+        sizes = step.norms[0] * norm if dots else 0.0
+        return norm, loss, math.fsum(read["dot"]) / sizes if sizes else 0.0
+
+    def _clip(self, params: list[Tensor], norm: float) -> None:
+        c = clip_coefficient(norm, self.max_grad_norm)
+        if c < 1:
+            for p in params:
+                p.grad.mul_(c)
+
+    # -- being a torch.optim.Optimizer
+
+    param_groups = property(lambda self: self.base.param_groups)  # the base's own, never copies
+    state = property(lambda self: self.base.state)
+    defaults = property(lambda self: self.base.defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self.base.add_param_group(param_group)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base's, tensors cloned, and "gxpo": plain scalars. Loads into a GXPO or into the base alone."""
+        self._require_idle("state_dict()")
+        gate = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.gate_state).items()}
+        return {**deepcopy(self.base.state_dict()), "gxpo": {"version": __version__, "gate": gate}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """From state_dict(), or from the base optimizer's own: the gate then starts anew."""
+        self._require_idle("load_state_dict()")
+        saved = state_dict.get("gxpo", {"gate": {}})
+        unknown = saved["gate"].keys() - GateState.__dataclass_fields__.keys()
+        if unknown:
+            raise ValueError(f"gxpo {__version__} cannot read {sorted(unknown)}, saved by {saved.get('version')}")
+        gate_state = GateState(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()})
+        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gxpo"})
+        self.gate_state = gate_state
+
+    def _require_idle(self, what: str) -> None:
+        if self._open is not None:
+            raise RuntimeError(f"{what} in the middle of a step: finish it, or call abort() to drop it")
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._require_idle("a copy")
+        return {name: self.__dict__[name] for name in (*self._SETTINGS, "base", "gate_state", "report")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._left = False
+        self._close()
+        super().__setstate__(state)  # fills __dict__ and makes the hook registries
+        for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
+            registry = f"_optimizer_{kind}_hooks"  # these run where the work is done, in the base; step hooks run here
+            setattr(self, registry, getattr(self.base, registry))
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._SETTINGS)
+        return f"GXPO({settings}, base={self.base!r})"
+
+
+# ------------------------------------------------------------------------------------------------------- self-check
+
+
+def _self_check() -> None:
+    """What someone who pasted this file wants to see."""
+    curvature = torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64)
+    seen: list[bool] = []
+
+    def problem(**settings: Any) -> tuple[GXPO, Tensor, Callable[[float], Tensor]]:
+        theta = torch.ones(4, dtype=torch.float64, requires_grad=True)
+
+        def closure(scale: float = 1.0) -> Tensor:
+            loss = scale * 0.5 * (curvature * theta * theta).sum()
+            loss.backward()
+            return loss
+
+        return GXPO(torch.optim.SGD([theta], lr=0.5), **settings), theta, closure
+
+    def check(what: str, ok: bool, saw: object) -> None:
+        seen.append(ok)
+        print(f"{'ok  ' if ok else 'FAIL'}  {what}: {saw}")
+
+    print(f"gxpo.py {__version__}, spec {SPEC_VERSION}, torch {torch.__version__}")
+    opt, theta, closure = problem(horizon=5, alpha=1.0)
+    opt.step(closure)
+    error = (theta.detach() - (1 - 0.5 * curvature) ** 6).abs().max().item()
+    check("on a diagonal quadratic, alpha = 1, one step is K + 1 = 6 plain ones", error < 1e-14, f"error {error:.0e}")
+    check("an active step takes three gradients", opt.report.passes == 3, opt.report.passes)
+
+    opt, theta, closure = problem(gate=Gate(window=4, threshold=3.0, patience=1))
+    for scale in (1.0, 1.0, 1.0, 1.0, 40.0, 1.0):
+        opt.step(lambda scale=scale: closure(scale))
+    check("a spike of |g~| in step 4 closes the gate", opt.report.fallback_step == 4, opt.report.why)
+    check("after it a step takes one gradient", opt.report.passes == 1, opt.report.passes)
+
+    opt, theta, closure = problem()
+    scales = iter((1.0, math.nan, 1.0))
+    opt.step(lambda: closure(next(scales)))
+    exact = torch.equal(theta.detach(), 1 - 0.5 * curvature)
+    check("NaN in pass 2: back to theta0, one plain step", exact, f"{opt.report.outcome}, {opt.report.why}")
+    if not all(seen):
+        raise SystemExit(f"{seen.count(False)} of {len(seen)} checks failed: this copy of gxpo.py is not in order")
+    print(f"{len(seen)} of {len(seen)} checks passed")
+
+
+if __name__ == "__main__":
+    _self_check()
