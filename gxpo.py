@@ -343,7 +343,7 @@ class GXPO(torch.optim.Optimizer):
 
     # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
     _step_supports_amp_scaling = True
-    _FAST_STEPS = 2
+    FAST_STEPS = 2
     _SETTINGS = ("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate", "rollback", "replay_rng")
 
     def __init__(
@@ -432,14 +432,14 @@ class GXPO(torch.optim.Optimizer):
         for p in params:
             if p not in step.theta0:
                 step.theta0[p] = p.detach().clone()
-        if step.passes <= self._FAST_STEPS:
+        if step.passes <= self.FAST_STEPS:
             if step.passes == 1 and (self.rollback or self.optimizer_state == "restore"):
                 step.state = _copy_state(self.base)
             if step.passes == 1 and self.gate.statistic == "disagreement":
                 step.g0 = {p: p.grad.clone() for p in params}
             self._clip(params, norm)
             self._fast_step(step, params)
-            if step.passes == self._FAST_STEPS:
+            if step.passes == self.FAST_STEPS:
                 self._move(step)
                 if self.optimizer_state == "restore":  # OPT-05: the fast steps leave no trace in the state
                     _restore_state(self.base, step.state)
@@ -655,7 +655,7 @@ class GXPO(torch.optim.Optimizer):
 
     def _read(self, step: _Step, params: list[Tensor]) -> tuple[float, float | None, float]:
         """|g|, the loss, and cos(g0, g) where it is wanted: the one host sync of a pass."""
-        last = step.active and step.passes == self._FAST_STEPS
+        last = step.active and step.passes == self.FAST_STEPS
         dots = [(p.grad, step.g0[p]) for p in params if p in step.g0] if last else []
         figures = {
             "norm": [_norm(b for (b,) in _wide_blocks(p.grad)) for p in params],

@@ -1,0 +1,187 @@
+"""The gate: which step falls back. Scripted norms, one coordinate, so that every norm is exact; only the number of
+gradients asked is judged, except where the clause is about the single pass itself.
+
+CALM has mean 1 and population standard deviation 0.1768.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gxpo_conformance.bench import Bench, CaseError, Run, Script
+from gxpo_conformance.checks import check
+from gxpo_conformance.protocol import config
+
+CALM = (1.0, 1.25, 0.75, 1.0)
+
+
+def observed(h: float, g0: float = 1.0) -> Script:
+    """The gradients of a step with |g~| = h."""
+    return [{"w": np.array([g, 0.0])} for g in (g0, 0.5 * g0, h)]
+
+
+def play(bench: Bench, norms: Sequence[float | Script], single: Sequence[int] = (), **gate: object) -> Run:
+    """Steps with these |g~| (or these gradients); `single` are the steps that must be single passes, all others active."""
+    run = bench.begin({"w": np.zeros(2)}, config(gate={"window": 4, "threshold": 3.0, **gate}))
+    for n, h in enumerate(norms):
+        trace = run.step(observed(h) if isinstance(h, float) else h, judge="counts")
+        if (trace.outcome == "single") != (n in single):
+            raise CaseError(f"step {n} is {trace.outcome} for the oracle ({trace.why})")
+    return run
+
+
+@check("GAT-01", coarse=True)
+def the_step_that_trips_stands_and_the_rest_are_single(bench: Bench) -> None:
+    play(bench, [*CALM, 2.0, *([1.0] * 12)], single=range(5, 17))
+    play(bench, [*CALM, *CALM, *CALM])
+
+
+@check("GAT-02", coarse=True)
+def a_value_is_not_scored_against_itself(bench: Bench) -> None:
+    play(bench, [*CALM, 64.0, 1.0], single=[5])  # in a window of 4 that holds it no value scores above 1.73
+
+
+@check("GAT-03", coarse=True)
+def deviation_is_the_populations(bench: Bench) -> None:
+    play(bench, [*CALM, 1.5625, 1.0], single=[5])  # z is 3.18; with the sample's deviation 2.76
+
+
+@check("GAT-04", coarse=True)
+def an_unfilled_window_does_not_score(bench: Bench) -> None:
+    play(bench, [1.0, 1.25, 0.75, 64.0, 1.0, 1.0])
+    play(bench, [1.0, 64.0, 1.0, 1.0])
+
+
+@check("GAT-05", coarse=True)
+def a_low_value_is_no_danger(bench: Bench) -> None:
+    play(bench, [*CALM, 0.0625, 1.0, 1.0])
+
+
+@check("GAT-06", coarse=True)
+def only_the_latest_window_counts(bench: Bench) -> None:
+    play(bench, [64.0, *CALM, 2.0, 1.0], single=[6])
+
+
+@check("GAT-07", coarse=True)
+def statistic_is_the_corrective_norm(bench: Bench) -> None:
+    play(bench, [*CALM, observed(1.0, g0=64.0), 1.0, 1.0])
+    play(bench, [*CALM, 2.0, 1.0], single=[5])
+
+
+@check("GAT-08", coarse=True)
+def a_single_pass_is_the_plain_step(bench: Bench) -> None:
+    run = play(bench, [*CALM, 2.0, 1.0], single=[5])
+    for g in ([1.0, -2.0], [0.5, 0.25]):
+        run.step([{"w": np.array(g)}])
+
+
+@check("GAT-09", coarse=True)
+def a_constant_history_is_no_error(bench: Bench) -> None:
+    play(bench, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    play(bench, [1.0, 1.0, 1.0, 1.0, 1.125, 1.0], single=[5])
+
+
+@check("GAT-10", coarse=True)
+def patience_wants_them_in_a_row(bench: Bench) -> None:
+    play(bench, [*CALM, 2.0, 1.0, 4.0, 1.0, 8.0, 8.0, 1.0], single=[10], patience=2)
+
+
+@check("GAT-11", coarse=True)
+def an_open_streak_keeps_its_baseline(bench: Bench) -> None:
+    play(bench, [*CALM, 4.0, 4.0, 4.0, 1.0], single=[7], patience=3)  # unpinned, the second 4 scores 1.7
+
+
+@check("GAT-12", coarse=True)
+def history_grows_under_a_streak(bench: Bench) -> None:
+    play(bench, [*CALM, 4.0, 4.0, 1.0, 4.0, 4.0, 4.0, 1.0], patience=3)  # 4 is usual by then
+
+
+@check("GAT-13", coarse=True)
+def two_sided_counts_low_values(bench: Bench) -> None:
+    play(bench, [*CALM, 0.0625, 1.0], single=[5], two_sided=True)
+    play(bench, [*CALM, 2.0, 1.0], single=[5], two_sided=True)
+
+
+@check("GAT-14", coarse=True)
+def warmup_observes_nothing_that_lasts(bench: Bench) -> None:
+    play(bench, [1.0, 1.25, 0.75, 1.0, 64.0, 1.0], warmup=3)  # 64 is the second observation, the window not full
+    play(bench, [64.0, 64.0, 64.0, *CALM, 2.0, 1.0], single=[8], warmup=3)
+
+
+@check("GAT-15", coarse=True)
+def cooldown_ends(bench: Bench) -> None:
+    play(bench, [*CALM, 2.0, 1.0, 1.0, 1.0, 1.0], single=[5, 6], cooldown=2)
+
+
+@check("GAT-16", coarse=True)
+def cooldown_keeps_the_baseline(bench: Bench) -> None:
+    loud = observed(1.0, g0=512.0)  # single passes: they observe nothing, however large their gradient
+    # The step after the cooldown is scored at once, against the last four observations, the tripping one included.
+    play(bench, [*CALM, 2.0, loud, loud, 8.0, 1.0], single=[5, 6, 8], cooldown=2)
+    play(bench, [*CALM, 2.0, loud, loud, 2.0, 1.0], single=[5, 6], cooldown=2)
+
+
+@check("GAT-17", coarse=True)
+def budget_of_active_steps(bench: Bench) -> None:
+    play(bench, [1.0] * 8, single=[3, 4, 5, 6, 7], max_active_steps=3)
+
+
+@check("GAT-18", coarse=True)
+def ema_scores_from_before_the_update(bench: Bench) -> None:
+    # From (1, 1): 8 would score 7 at once, but the first two are not scored. Then mu, sigma are 6.25, 4.32 (omega 0.5).
+    ema = {"baseline": "ema", "omega": 0.5, "threshold": 2.0}
+    play(bench, [8.0, 8.0, 8.0, 8.0, 8.0], **ema)
+    play(bench, [8.0, 8.0, 16.0, 8.0], single=[3], **ema)  # z = 2.26; from an updated mu, sigma never above 0.71
+    play(bench, [8.0, 8.0, 14.0, 8.0], **ema)  # z = 1.79
+    # The variance takes (h - old mu)^2: after 14, mu is 10.125, sigma 6.27, and 22 scores 1.89; with the new mu 2.4.
+    play(bench, [8.0, 8.0, 14.0, 22.0, 8.0], **ema)
+
+
+@check("GAT-19")
+def ema_deviation_has_a_floor(bench: Bench) -> None:
+    ema = {"baseline": "ema", "omega": 0.5}
+    play(bench, [*([1.0] * 20), 1.015625, 1.0], **ema)  # z = 1.6 by sigma = 0.01; the variance alone says 16
+    play(bench, [*([1.0] * 20), 1.25, 1.0], single=[21], **ema)
+
+
+@check("GAT-20", coarse=True)
+def initial_norm_is_watched(bench: Bench) -> None:
+    calm = [observed(1.0, g0=h) for h in CALM]
+    play(bench, [*calm, observed(1.0, g0=2.0), 1.0], single=[5], statistic="initial_norm")
+    play(bench, [*calm, observed(64.0), 1.0], statistic="initial_norm")
+
+
+@check("GAT-21", coarse=True)
+def disagreement_is_watched(bench: Bench) -> None:
+    def turned(x: float, y: float) -> Script:
+        return [{"w": np.array(g)} for g in ([1.0, 0.0], [0.5, 0.0], [x, y])]
+
+    calm = [turned(3.0, 4.0), turned(4.0, 3.0), turned(3.0, -4.0), turned(4.0, -3.0)]  # 0.4, 0.2, 0.4, 0.2
+    play(bench, [*calm, turned(0.0, 1.0), 1.0], single=[5], statistic="disagreement")
+    play(bench, [*calm, turned(-1.0, 0.0), 1.0], statistic="disagreement")  # opposite agrees, by the absolute value
+    play(bench, [*calm, turned(300.0, 400.0), 1.0], statistic="disagreement")
+
+
+@check("GAT-22", coarse=True)
+def never_is_never(bench: Bench) -> None:
+    play(bench, [*CALM, 64.0, 64.0, 64.0, 1.0], statistic="never")
+
+
+@check("GAT-23", coarse=True)
+def an_open_streak_keeps_its_ema(bench: Bench) -> None:
+    # After 8, 8: mu, sigma 6.25, 4.32; 40 scores 7.8. Unpinned the second 40 scores 1.4.
+    ema = {"baseline": "ema", "omega": 0.5, "threshold": 2.0, "patience": 2}
+    play(bench, [8.0, 8.0, 40.0, 40.0, 8.0], single=[4], **ema)
+
+
+@check("GAT-24", coarse=True)
+def cooldown_clears_the_streak(bench: Bench) -> None:
+    # Steps 4 and 5 trip; after one single pass step 7 starts a new streak, which alone is not two in a row.
+    play(bench, [*CALM, 2.0, 2.0, 1.0, 8.0, 1.0, 1.0], single=[6], patience=2, cooldown=1)
+
+
+@check("GAT-25", coarse=True)
+def budget_outlasts_a_cooldown(bench: Bench) -> None:
+    play(bench, [*CALM, 2.0, 1.0, 1.0, 1.0, 1.0], single=[5, 7, 8], max_active_steps=6, cooldown=1)

@@ -1,0 +1,72 @@
+"""Prints how much of its rounding budget a right implementation needs: python -m gxpo_conformance.measure [--cases N]
+
+Random settings, parameters and scripted gradients; the port (the bundled gxpo.py, or --impl) beside the oracle. A column
+a dtype; each cell is the 50th and 99th percentile and the largest number of budgets that any point of a case took. The
+suite allows ALLOWED of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gxpo_conformance.bench import Bench, Run
+from gxpo_conformance.budget import ALLOWED
+from gxpo_conformance.cli import BUNDLED, load
+from gxpo_conformance.protocol import DTYPES, check_capabilities, config
+
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "sgd": {"lr": 0.1},
+    "momentum": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "adamw": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.01},
+}
+STEPS = 3
+COORDINATES = 64
+
+
+def random_run(bench: Bench, rng: np.random.Generator, settings: dict[str, Any]) -> Run:
+    """A few random steps, judged at every point; Failure where one leaves its budget."""
+    made = config(
+        horizon=int(rng.choice([2, 3, 4, 5, 10])),
+        alpha=float(rng.choice([0.3, 0.5, 0.8, 1.0])),
+        max_grad_norm=float(rng.choice([0.5, 4.0])) if rng.random() < 0.5 else None,
+        optimizer_state=str(rng.choice(bench.capabilities["optimizer_state"])),
+        **settings,
+    )
+    run = bench.begin({"w": rng.normal(size=COORDINATES) * 10.0 ** rng.uniform(-3, 0)}, made)
+    size = 10.0 ** rng.uniform(-2, 1)
+    for _ in range(STEPS):
+        g0 = rng.normal(size=COORDINATES) * size
+        g0 = np.where(np.abs(g0) < 2e-3 * size, 0.0, g0)  # none near the activity bound
+        r = rng.uniform(-0.9, 2.0, COORDINATES) if rng.random() < 0.5 else 1 + rng.normal(size=COORDINATES) * 0.05
+        run.step([{"w": g0}, {"w": g0 * r}, {"w": rng.normal(size=COORDINATES) * size}])
+    return run
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--impl", default=BUNDLED, help="the port's adapter (default: %(default)s)")
+    options.add_argument("--cases", type=int, default=200, help="random cases a cell (default: %(default)s)")
+    options.add_argument("--seed", type=int, default=0, help="of the random cases (default: %(default)s)")
+    given = options.parse_args(arguments)
+    port = load(given.impl)
+    declared = check_capabilities(port.capabilities())
+    print(f"{port.name}: budgets needed (median / 99 % / most), {ALLOWED:g} allowed; seed {given.seed}")
+    print(f"{'':<26}" + "".join(f"{d:<22}" for d in DTYPES if d in declared["dtypes"]))
+    for estimator in declared["estimators"]:
+        for name, optimizer in OPTIMIZERS.items():
+            cells = []
+            for dtype in (d for d in DTYPES if d in declared["dtypes"]):
+                rng = np.random.default_rng([given.seed, len(cells)])
+                bench = Bench(port, declared, dtype, "cpu")
+                settings = {"estimator": estimator, "optimizer": optimizer}
+                used = [random_run(bench, rng, settings).used for _ in range(given.cases)]
+                cells.append("{:.2f} / {:.2f} / {:.2f}".format(*np.percentile(used, [50, 99, 100])))
+            print(f"{estimator + ', ' + name:<26}" + "".join(f"{c:<22}" for c in cells))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""The adapter of the numpy oracle: the suite's own right answers, put through the suite."""
+
+from __future__ import annotations
+
+from gxpo_conformance.protocol import CAPABILITIES, Arrays, Config, Gradient
+from gxpo_reference.oracle import Oracle
+
+
+class Port:
+    name = "numpy oracle"
+
+    def capabilities(self) -> dict:
+        everything = {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
+        return {**everything, "dtypes": ["float64"], "devices": ["cpu"]}
+
+    def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
+        if (dtype, device) != ("float64", "cpu"):
+            raise ValueError(f"the oracle computes in float64 on a cpu, got {dtype} on {device}")
+        return Session(Oracle(params, config))
+
+
+class Session:
+    def __init__(self, oracle: Oracle) -> None:
+        self.oracle = oracle
+
+    def step(self, grad: Gradient) -> None:
+        self.oracle.step(grad)
+
+    def params(self) -> Arrays:
+        return {k: v.copy() for k, v in self.oracle.params.items()}
+
+    def save(self) -> dict:
+        return self.oracle.save()
+
+    def load(self, saved: dict) -> None:
+        self.oracle.load(saved)
