@@ -48,18 +48,25 @@ class Verdict:
 
     @property
     def complete(self) -> bool:
-        """Every MUST and every declared option ran and passed."""
-        return all(self.of(c.id) in (PASS, UNDECLARED) for c in clauses().values())
+        """Every MUST ran and passed."""
+        return self.count("MUST", PASS) == self.must
+
+    @property
+    def must(self) -> int:
+        return sum(c.level == "MUST" for c in clauses().values())
 
     @property
     def headline(self) -> str:
-        options = self.count("OPTION", PASS, FAIL, BLOCKED, NOT_RUN)
         not_run = sum(self.count(level, BLOCKED, NOT_RUN) for level in ("MUST", "OPTION"))
-        must = sum(c.level == "MUST" for c in clauses().values())
         return (
-            f"{self.count('MUST', PASS)}/{must} MUST, {self.count('OPTION', PASS)}/{options} declared options, "
-            f"{not_run} not run"
+            f"{self.count('MUST', PASS)}/{self.must} MUST, "
+            f"{self.count('OPTION', PASS)}/{self.declared} declared options, {not_run} not run"
         )
+
+    @property
+    def declared(self) -> int:
+        """Options that bind this port; with --only, of those looked at."""
+        return self.count("OPTION", PASS, FAIL, BLOCKED, NOT_RUN)
 
     @property
     def words(self) -> str:
@@ -67,7 +74,8 @@ class Verdict:
             return f"not conformant: {', '.join(self.failed)}"
         if not self.complete:
             return "incomplete"
-        return "conformant (core + the declared options)" if self.count("OPTION", PASS) else "conformant (core)"
+        passed = self.count("OPTION", PASS)
+        return "conformant (core + the declared options)" if passed == self.declared > 0 else "conformant (core)"
 
     @property
     def exit_status(self) -> int:

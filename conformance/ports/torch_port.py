@@ -15,7 +15,8 @@ class Port:
     name = f"gxpo.py {gxpo.__version__}"
 
     def capabilities(self) -> dict:
-        return {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
+        everything = {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
+        return {**everything, "devices": ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]}
 
     def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
         return Session(params, config, getattr(torch, dtype), device)

@@ -1,0 +1,417 @@
+"""What goes wrong inside a step, and what users get wrong. The rule: a clear error, and nothing is lost."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gxpo
+from gxpo import GXPO, Gate
+
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True, foreach=False),
+    "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), foreach=False),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+}
+
+
+class Case:
+    """A tiny problem; `snapshot` holds everything that must survive a failed step, tensor identities included."""
+
+    def __init__(self, base: Callable[..., torch.optim.Optimizer] = BASES["adamw"], **settings: Any) -> None:
+        self.params = [torch.ones(3, 2, requires_grad=True), torch.full((4,), 2.0, requires_grad=True)]
+        self.opt = GXPO(base(self.params), **settings)
+        self.calls = 0
+
+    def closure(self, fail_at: int = -1, how: Any = None) -> Callable[[], Tensor]:
+        self.calls = 0
+
+        def run() -> Tensor:
+            self.calls += 1
+            loss = sum((p * p * p).sum() for p in self.params)
+            loss.backward()
+            if self.calls == fail_at:
+                return how(self, loss)
+            return loss
+
+        return run
+
+    def step(self) -> None:
+        self.opt.step(self.closure())
+
+    def snapshot(self) -> dict[str, Any]:
+        base = self.opt.base
+        return {
+            "params": [(id(p), p.detach().clone()) for p in self.params],
+            "state": {
+                id(p): {k: (id(v), copy.deepcopy(v)) for k, v in s.items()} for p, s in base.state.items()
+            },
+            "groups": [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in base.param_groups],
+            "gate": self.opt.gate_state,
+        }
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b
+
+
+def boom(case: Case, loss: Tensor) -> Tensor:
+    raise ZeroDivisionError("out of memory, say")
+
+
+def interrupt(case: Case, loss: Tensor) -> Tensor:
+    raise KeyboardInterrupt
+
+
+def poison_gradient(case: Case, loss: Tensor) -> Tensor:
+    case.params[0].grad[0, 0] = float("nan")
+    return loss
+
+
+def poison_loss(case: Case, loss: Tensor) -> Tensor:
+    return loss * float("inf")
+
+
+@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("warm", [False, True])
+@pytest.mark.parametrize("how", [boom, interrupt])
+def test_an_exception_leaves_no_trace(how: Any, warm: bool, at: int, base: str, policy: str) -> None:
+    """If it did, an out-of-memory or Ctrl-C in mid-step would leave a model at theta1 and a state that is ahead."""
+    case, twin = (Case(BASES[base], optimizer_state=policy) for _ in range(2))
+    if warm:
+        case.step(), twin.step()
+    before = case.snapshot()
+    with pytest.raises((ZeroDivisionError, KeyboardInterrupt)):
+        case.opt.step(case.closure(at, how))
+    assert same(case.snapshot(), before)
+    case.step(), twin.step()  # and training goes on as if it had never been tried
+    assert same([p.detach() for p in case.params], [p.detach() for p in twin.params])
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_an_exception_in_the_base_optimizer_leaves_no_trace(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own step can run out of memory as well, in the middle of the parameters."""
+    case = Case(BASES[base])
+    case.step()
+    before = case.snapshot()
+    real = case.opt.base.step
+    for at in (1, 2, 3):
+        calls = []
+
+        def failing(at: int = at, calls: list = calls) -> None:
+            calls.append(0)
+            real()
+            if len(calls) == at:
+                raise MemoryError
+
+        monkeypatch.setattr(case.opt.base, "step", failing)
+        with pytest.raises(MemoryError):
+            case.step()
+        assert same(case.snapshot(), before)
+
+
+@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
+@pytest.mark.parametrize("at", [2, 3])
+@pytest.mark.parametrize("how", [poison_gradient, poison_loss])
+def test_a_late_non_finite_pass_becomes_a_single_pass(how: Any, at: int, policy: str) -> None:
+    """If not, one bad batch would leave NaN weights (or lose the batch although its first gradient was fine)."""
+    case, twin = Case(optimizer_state=policy), Case(gate=Gate("never", max_active_steps=0))
+    case.opt.step(case.closure(at, how))
+    twin.step()
+    assert (case.opt.report.outcome, case.opt.report.passes) == ("rolled back", at + 1)
+    assert f"in pass {at}" in case.opt.report.why
+    assert same([p.detach() for p in case.params], [p.detach() for p in twin.params])
+    assert case.opt.gate_state.seen == 0
+    assert case.opt.gate_state.active_steps == 0
+
+
+@pytest.mark.parametrize("how", [poison_gradient, poison_loss])
+@pytest.mark.parametrize("gate", [None, Gate("never", max_active_steps=0)])
+def test_a_non_finite_first_pass_is_skipped(how: Any, gate: Gate | None) -> None:
+    """Also after fallback: a NaN step would be the end of the run."""
+    case = Case(gate=gate)
+    before = {**case.snapshot(), "gate": None}
+    case.opt.step(case.closure(1, how))
+    assert same({**case.snapshot(), "gate": None}, before)
+    assert (case.opt.report.outcome, case.opt.report.passes) == ("skipped", 1)
+    assert case.opt.report.metrics()["gxpo/skipped"] == 1.0
+
+
+def test_a_repeat_that_is_non_finite_too_is_skipped() -> None:
+    case = Case()
+    before = case.snapshot()
+    calls = []
+
+    def closure() -> Tensor:
+        calls.append(0)
+        loss = case.closure()()
+        return loss if len(calls) == 1 else loss * float("nan")
+
+    case.opt.step(closure)
+    assert case.opt.report.outcome == "skipped"
+    assert case.opt.report.why == "non-finite loss in pass 2, then non-finite loss in pass 3"
+    assert same(case.snapshot()["params"], before["params"])
+
+
+def test_without_rollback_parameters_return_and_the_state_does_not() -> None:
+    """What rollback=False gives up, and nothing more."""
+    case = Case(rollback=False)
+    case.step()
+    before = case.snapshot()
+    with pytest.raises(ZeroDivisionError):
+        case.opt.step(case.closure(3, boom))
+    after = case.snapshot()
+    assert same(after["params"], before["params"])
+    assert not same(after["state"], before["state"])
+
+
+def test_a_zero_gradient_is_an_ordinary_step() -> None:
+    """All advantages zero is common in GRPO: no division by zero, no observation, momentum goes on."""
+    theta, twin = (torch.ones(3, requires_grad=True) for _ in range(2))
+    opt, base = GXPO(BASES["sgd"]([theta])), BASES["sgd"]([twin])
+    for scale in (1.0, 0.0):
+        theta.grad = twin.grad = None
+        opt.gate_state = gxpo.GateState()
+        (twin.sum() * scale).backward()
+        base.step()
+    for scale in (1.0, 0.0):
+        opt.gate = Gate("never", max_active_steps=0) if scale else Gate()
+        opt.step(lambda scale=scale: (loss := theta.sum() * scale, loss.backward())[0])
+    assert (opt.report.outcome, opt.report.why, opt.report.passes) == ("single", "zero gradient", 1)
+    assert opt.gate_state.seen == 0
+    assert torch.equal(theta, twin)
+
+
+def test_a_loss_of_exactly_zero_is_a_loss() -> None:
+    """`if loss:` is a common mistake; the loss at theta0 is 0 in on-policy GRPO."""
+    theta = torch.ones(2, requires_grad=True)
+    opt = GXPO(torch.optim.SGD([theta], lr=0.1))
+    loss = opt.step(lambda: (value := (theta - theta.detach()).sum(), value.backward())[0])
+    assert loss.item() == 0.0
+    assert opt.report.loss == 0.0
+    assert opt.report.outcome == "active"
+
+
+# ---------------------------------------------------------------------------------------------- what users get wrong
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"horizon": 1}, "horizon must be an int >= 2, got 1"),
+        ({"horizon": 2.0}, "horizon must be an int >= 2, got 2.0"),
+        ({"horizon": True}, "horizon must be an int >= 2, got True"),
+        ({"alpha": -0.1}, "alpha must be a number >= 0, got -0.1"),
+        ({"alpha": float("nan")}, "alpha must be a number >= 0, got nan"),
+        ({"estimator": "secant"}, r"estimator must be one of .*tensor.*, got 'secant'"),
+        ({"optimizer_state": "reset"}, r"optimizer_state must be one of .*restore.*, got 'reset'"),
+        ({"max_grad_norm": 0}, "max_grad_norm must be None or a number > 0, got 0"),
+        ({"max_grad_norm": float("inf")}, "max_grad_norm must be None or a number > 0, got inf"),
+        ({"gate": 3.0}, r"gate must be None \(never\) or a Gate, got 3.0"),
+    ],
+)
+def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Case(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"statistic": "entropy"}, r"statistic must be one of .*supplied.*, got 'entropy'"),
+        ({"baseline": "mean"}, r"baseline must be one of .*ema.*, got 'mean'"),
+        ({"window": 1}, "window must be an int >= 2, got 1"),
+        ({"omega": 0.0}, r"omega must be a number in \(0, 1\], got 0.0"),
+        ({"threshold": 0}, "threshold must be a number > 0, got 0"),
+        ({"patience": 0}, "patience must be an int >= 1, got 0"),
+        ({"two_sided": 1}, "two_sided must be True or False, got 1"),
+        ({"warmup": -1}, "warmup must be an int >= 0, got -1"),
+        ({"cooldown": 1.5}, "cooldown must be None or an int >= 0, got 1.5"),
+        ({"max_active_steps": -1}, "max_active_steps must be None or an int >= 0, got -1"),
+        ({"level": 0}, "level must be None or a number > 0, got 0"),
+    ],
+)
+def test_bad_gates_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Gate(**arguments)
+
+
+def test_bases_that_cannot_be_wrapped() -> None:
+    theta = torch.ones(2, requires_grad=True)
+    for base in (torch.optim.LBFGS([theta]), GXPO(torch.optim.SGD([theta], lr=0.1)), [theta]):
+        with pytest.raises(TypeError, match="base must be a torch.optim.Optimizer that steps without a closure"):
+            GXPO(base)
+    spin = torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    with pytest.raises(TypeError, match="real parameters only, got {torch.complex64}"):
+        GXPO(torch.optim.SGD([spin], lr=0.1))
+
+
+def refused(case: Case, error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    """The error, and everything as it was, and a good step afterwards."""
+    before = case.snapshot()
+    with pytest.raises(error, match=message):
+        call()
+    assert same(case.snapshot(), before)
+    case.opt.step(case.closure())
+    assert case.opt.report.outcome == "active"
+
+
+def test_step_without_a_closure() -> None:
+    case = Case()
+    refused(case, RuntimeError, "step\\(\\) needs a closure that runs forward and backward", case.opt.step)
+
+
+def test_a_closure_that_returns_nothing() -> None:
+    case = Case()
+    refused(case, TypeError, "the closure must return the loss, got None", lambda: case.opt.step(lambda: None))
+
+
+def test_a_loss_that_is_no_scalar() -> None:
+    case = Case()
+    refused(case, ValueError, r"loss must be a scalar, got a tensor of shape \(2,\)", lambda: case.opt.step(lambda: torch.ones(2)))
+
+
+def test_no_gradients_at_all() -> None:
+    case = Case()
+    refused(case, RuntimeError, "no parameter has a gradient: was backward", lambda: case.opt.step(lambda: 1.0))
+    refused(case, RuntimeError, "no parameter has a gradient", lambda: [None for _ in case.opt.passes()])
+    case.opt.zero_grad()
+    refused(case, RuntimeError, "no parameter has a gradient", case.opt.lookahead)
+
+
+@pytest.mark.parametrize("inner", ["step(closure)", "passes()", "step()"])
+def test_a_step_inside_passes(inner: str) -> None:
+    """An optimizer.step() left in the loop by habit must not take a fourth step or mix two steps' gradients."""
+    case = Case()
+    calls: dict[str, tuple[Callable[[], Any], str]] = {
+        "step(closure)": (lambda: case.opt.step(case.closure()), "another step in the middle of a step"),
+        "passes()": (lambda: next(case.opt.passes()), "another step in the middle of a step"),
+        "step()": (case.opt.step, "passes\\(\\) calls it by itself"),
+    }
+
+    def nested() -> None:
+        try:
+            for _ in case.opt.passes():
+                case.closure()()
+                calls[inner][0]()
+        except RuntimeError:
+            case.opt.abort()  # caught: the next step may go on
+            raise
+
+    refused(case, RuntimeError, calls[inner][1], nested)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_passes_left_half_way(turns: int) -> None:
+    """A break in the loop would otherwise train nothing, silently, for ever."""
+    case = Case()
+    case.step()
+    before = case.snapshot()
+
+    def leave() -> None:
+        for n in case.opt.passes():
+            case.closure()()
+            if n == turns - 1:
+                break
+
+    leave()
+    assert same(case.snapshot(), before)
+    refused(case, RuntimeError, "left before its end, and everything was put back", case.step)
+    leave()
+    case.opt.abort()  # meant
+    case.step()
+
+
+def test_a_step_left_open_by_lookahead() -> None:
+    case = Case()
+    case.closure()()
+    before = case.snapshot()
+    assert case.opt.lookahead()
+    for call in (case.opt.state_dict, lambda: copy.deepcopy(case.opt), lambda: case.opt.load_state_dict({})):
+        with pytest.raises(RuntimeError, match="in the middle of a step: finish it, or call abort"):
+            call()
+    case.opt.abort()
+    assert same(case.snapshot(), before)
+    case.opt.abort()  # harmless
+    case.step()
+
+
+def test_lookahead_after_its_end() -> None:
+    case = Case()
+    case.closure()()
+    while case.opt.lookahead():
+        case.closure()()
+    with pytest.raises(RuntimeError, match="lookahead\\(\\) has returned False: call step\\(\\) now"):
+        case.opt.lookahead()
+    case.opt.step()
+    assert case.opt.report.outcome == "active"
+
+
+@pytest.mark.parametrize("as_keyword", [False, True])
+def test_an_enabled_grad_scaler_is_refused(as_keyword: bool) -> None:
+    """It would silently step on scaled gradients, or hide skipped inner steps."""
+    case = Case()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))  # makes its scale
+    case.closure()()
+    before = case.snapshot()
+    with pytest.raises(RuntimeError, match="GradScaler"):
+        scaler.step(case.opt, closure=case.closure()) if as_keyword else scaler.step(case.opt, case.closure())
+    assert same(case.snapshot(), before)
+    case.step()
+    torch.amp.GradScaler("cpu", enabled=False).step(case.opt, case.closure())
+    assert case.opt.report.outcome == "active"
+
+
+def test_sparse_gradients_are_refused() -> None:
+    table = torch.nn.Embedding(5, 2, sparse=True)
+    opt = GXPO(torch.optim.SGD(table.parameters(), lr=0.1))
+    before = table.weight.detach().clone()
+    with pytest.raises(TypeError, match="dense real gradients only, got torch.sparse_coo torch.float32"):
+        opt.step(lambda: (loss := table(torch.tensor([1, 2])).sum(), loss.backward())[0])
+    assert torch.equal(table.weight, before)
+
+
+def test_complex_parameters_added_later_are_refused() -> None:
+    theta, spin = torch.ones(2, requires_grad=True), torch.ones(2, dtype=torch.complex64, requires_grad=True)
+    opt = GXPO(torch.optim.SGD([theta], lr=0.1))
+    opt.add_param_group({"params": [spin]})
+    with pytest.raises(TypeError, match="dense real gradients only, got torch.strided torch.complex64"):
+        opt.step(lambda: (loss := theta.sum() + spin.abs().sum(), loss.backward())[0])
+    assert torch.equal(theta, torch.ones(2))
+
+
+def test_a_supplied_statistic_that_never_comes() -> None:
+    case = Case(gate=Gate("supplied"))
+    before = case.snapshot()
+    with pytest.raises(RuntimeError, match="call observe\\(statistic=...\\) in the first pass"):
+        case.step()
+    with pytest.raises(ValueError, match="statistic must be a finite number, got nan"):
+        case.opt.observe(statistic=torch.tensor(float("nan")))
+    assert same(case.snapshot(), before)
+    case.opt.observe(statistic=1.5)
+    case.opt.observe(statistic=7.0)  # not measured at theta0
+    case.step()
+    assert case.opt.report.statistic == 1.5
+
+
+def test_checkpoints_from_the_future_are_refused() -> None:
+    case = Case()
+    saved = case.opt.state_dict()
+    saved["gxpo"] = {"version": "9.0", "gate": {"step": 3, "mood": 1.0}}
+    refused(case, ValueError, r"cannot read \['mood'\], saved by 9.0", lambda: case.opt.load_state_dict(saved))
