@@ -239,7 +239,9 @@ class Bench:
         start = {k: to_dtype(v, self.dtype) for k, v in params.items()}
         session = self.session(start, config)
         now = self.params(session, start)
-        check_close(now, {k: v.astype(np.float64) for k, v in start.items()}, zeros(start), "params() right after start()")
+        check_close(
+            now, {k: v.astype(np.float64) for k, v in start.items()}, zeros(start), "params() right after start()"
+        )
         oracle = Oracle({k: v.astype(np.float64) for k, v in start.items()}, config)
         return Run(self, config, session, oracle, Budget(config, self.dtype), now, exact_ratio=exact_ratio)
 

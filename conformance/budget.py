@@ -38,10 +38,14 @@ class Budget:
             return asked, asked[0]
         start, error, moment, advances = points["theta0"], asked[0], self.moment, self.advances
         if "theta1" in points:
-            error1, moment1 = self.update(trace, 0, points["theta0"], points["theta1"], asked[0], moment, advances, "s1")
+            error1, moment1 = self.update(
+                trace, 0, points["theta0"], points["theta1"], asked[0], moment, advances, "s1"
+            )
             asked.append(error1)
         if "theta~" in points:
-            error2, moment2 = self.update(trace, 1, points["theta1"], points["theta2"], error1, moment1, advances + 1, "s2")
+            error2, moment2 = self.update(
+                trace, 1, points["theta1"], points["theta2"], error1, moment1, advances + 1, "s2"
+            )
             asked.append({k: self.move(trace, k, error1[k], error2[k], exact_ratio) for k in error2})
         if trace.outcome == "active":
             start, error = points["theta~"], asked[2]
@@ -53,7 +57,15 @@ class Budget:
         return asked, end
 
     def update(
-        self, trace: Trace, i: int, here: Arrays, there: Arrays, error: Arrays, moment: Arrays, advances: int, label: str
+        self,
+        trace: Trace,
+        i: int,
+        here: Arrays,
+        there: Arrays,
+        error: Arrays,
+        moment: Arrays,
+        advances: int,
+        label: str,
     ) -> tuple[Arrays, Arrays]:
         """(what `there` = U(here, c g_i) may be off, the moment after it)."""
         opt, after, budget = self.config["optimizer"], {}, {}

@@ -125,7 +125,13 @@ class Both:
 def close(got: dict[str, np.ndarray], want: dict[str, np.ndarray], budget: dict[str, np.ndarray], what: str) -> None:
     for k in want:
         allowed = ALLOWED * budget[k]
-        assert (np.abs(got[k] - want[k]) <= allowed).all(), (what, k, got[k], want[k], np.abs(got[k] - want[k]) / allowed)
+        assert (np.abs(got[k] - want[k]) <= allowed).all(), (
+            what,
+            k,
+            got[k],
+            want[k],
+            np.abs(got[k] - want[k]) / allowed,
+        )
 
 
 def compare_steps(settings: dict[str, Any], dtype: str, seed: int, steps: int, device: str = "cpu") -> list[str]:
@@ -147,7 +153,9 @@ def compare_steps(settings: dict[str, Any], dtype: str, seed: int, steps: int, d
         assert report.grad_norms == pytest.approx(trace.norms, rel=50 * u)
         if trace.outcome == "active":
             # theta2 is never asked at; the budget of theta~ at alpha q >= 1 covers it
-            within = {k: b + budgets[1][k] + 8 * both.budget.u * np.abs(trace.points["theta2"][k]) for k, b in end.items()}
+            within = {
+                k: b + budgets[1][k] + 8 * both.budget.u * np.abs(trace.points["theta2"][k]) for k, b in end.items()
+            }
             close(both.after_base[1], trace.points["theta2"], within, f"step {n}, theta2")
             q = np.concatenate([v.ravel() for v in trace.q.values()])
             if settings["estimator"] == "gradient":

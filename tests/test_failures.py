@@ -50,9 +50,7 @@ class Case:
         base = self.opt.base
         return {
             "params": [(id(p), p.detach().clone()) for p in self.params],
-            "state": {
-                id(p): {k: (id(v), copy.deepcopy(v)) for k, v in s.items()} for p, s in base.state.items()
-            },
+            "state": {id(p): {k: (id(v), copy.deepcopy(v)) for k, v in s.items()} for p, s in base.state.items()},
             "groups": [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in base.param_groups],
             "gate": self.opt.gate_state,
         }
@@ -283,7 +281,12 @@ def test_a_closure_that_returns_nothing() -> None:
 
 def test_a_loss_that_is_no_scalar() -> None:
     case = Case()
-    refused(case, ValueError, r"loss must be a scalar, got a tensor of shape \(2,\)", lambda: case.opt.step(lambda: torch.ones(2)))
+    refused(
+        case,
+        ValueError,
+        r"loss must be a scalar, got a tensor of shape \(2,\)",
+        lambda: case.opt.step(lambda: torch.ones(2)),
+    )
 
 
 def test_no_gradients_at_all() -> None:

@@ -71,7 +71,9 @@ def train(form: Form, steps: int = 12, device: str = "cpu", **settings: Any) -> 
     return net, reports
 
 
-@pytest.mark.parametrize("settings", [{}, {"max_grad_norm": 0.5}, {"optimizer_state": "restore"}, {"estimator": "tensor"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_grad_norm": 0.5}, {"optimizer_state": "restore"}, {"estimator": "tensor"}]
+)
 def test_the_three_forms_are_one_step(settings: dict[str, Any], device: str) -> None:
     """If not, a trainer that owns its last step would train something else than a script does."""
     settings = {"gate": Gate(window=4, patience=1), **settings}

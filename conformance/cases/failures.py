@@ -25,7 +25,7 @@ def bad(at: int, value: float) -> list[dict[str, np.ndarray]]:
 
 def around(bench: Bench, script: Script, losses: list[float] | None = None) -> Run:
     """A good step, the odd one, a good one: the odd one may touch neither the first's state nor the third."""
-    run = bench.begin({"w": THETA}, config(horizon=4, alpha=0.5, optimizer=MOMENTUM))
+    run = bench.begin({"w": THETA}, config(horizon=4, optimizer=MOMENTUM))
     run.step(GOOD)
     run.step(script, losses)
     run.step(GOOD)
@@ -80,7 +80,7 @@ def a_failed_step_does_not_reach_the_gate(bench: Bench) -> None:
 @check("ATM-01", coarse=True)
 def an_exception_comes_out_and_parameters_are_back(bench: Bench) -> None:
     for at in (0, 1, 2):
-        run = bench.begin({"w": THETA}, config(horizon=4, alpha=0.5))
+        run = bench.begin({"w": THETA}, config(horizon=4))
         run.step(GOOD)
         run.raising(GOOD, at)
 
@@ -88,7 +88,7 @@ def an_exception_comes_out_and_parameters_are_back(bench: Bench) -> None:
 @check("ATM-02", leans=("OPT-02",))
 def an_exception_leaves_the_optimizer_as_it_was(bench: Bench) -> None:
     for at in (0, 1, 2):
-        run = bench.begin({"w": THETA}, config(horizon=4, alpha=0.5, optimizer=MOMENTUM))
+        run = bench.begin({"w": THETA}, config(horizon=4, optimizer=MOMENTUM))
         run.raising(GOOD, at)  # before there is any state
         run.step(GOOD)
         run.raising(GOOD, at)

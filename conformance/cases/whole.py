@@ -27,7 +27,7 @@ SCRIPT = [{"w": G0}, {"w": G0 * R}, {"w": G0 * 0.5}]
 def any_shape_will_do(bench: Bench) -> None:
     shapes: list[tuple[int, ...]] = [(), (1,), (2, 3), (2, 1, 2)]
     theta = {f"t{n}": np.resize(THETA, s) for n, s in enumerate(shapes)}
-    run = bench.begin(theta, config(horizon=4, alpha=0.5))
+    run = bench.begin(theta, config(horizon=4))
     for scale in (1.0, 0.5):
         g0 = {f"t{n}": np.resize(G0, s) * scale for n, s in enumerate(shapes)}
         g1 = {k: g * np.resize(R, g.shape) for k, g in g0.items()}
@@ -42,7 +42,9 @@ def arrays_are_not_shared(bench: Bench) -> None:
     handed_out = bench.call("params()", session.params)
     if handed_out["w"].flags.writeable:
         handed_out["w"] += 1.0
-    check_close(bench.params(session, start), before, zeros(before), "after the caller changed what params() gave, theta")
+    check_close(
+        bench.params(session, start), before, zeros(before), "after the caller changed what params() gave, theta"
+    )
 
 
 def points(bench: Bench, theta: Arrays, settings: Config, steps: Sequence[Source]) -> list[Arrays]:
@@ -118,7 +120,9 @@ def scaling_loss_and_rate_changes_nothing(bench: Bench) -> None:
     same(plain, scaled, "loss times 2^-14, learning rate times 2^14", bench, 4)
 
 
-def reshaped(bench: Bench, there: Callable[[np.ndarray], Arrays], back: Callable[[Arrays], np.ndarray], what: str) -> None:
+def reshaped(
+    bench: Bench, there: Callable[[np.ndarray], Arrays], back: Callable[[Arrays], np.ndarray], what: str
+) -> None:
     settings = config(alpha=0.5)
     plain = points(bench, {"w": THETA}, settings, [SCRIPT] * 2)
     other = points(bench, there(THETA), settings, [[there(g["w"]) for g in SCRIPT]] * 2)

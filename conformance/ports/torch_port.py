@@ -40,8 +40,10 @@ class Session:
         self.opt.step(closure)
 
     def params(self) -> Arrays:
-        exact = {torch.float64: torch.float64}  # bfloat16 travels as float32
-        return {k: np.array(p.detach().cpu().to(exact.get(p.dtype, torch.float32))) for k, p in self.theta.items()}
+        def exact(p: torch.Tensor) -> np.ndarray:  # bfloat16 travels as float32
+            return p.detach().cpu().to(torch.promote_types(p.dtype, torch.float32)).numpy().copy()
+
+        return {k: exact(p) for k, p in self.theta.items()}
 
     def save(self) -> dict:
         return {"opt": self.opt.state_dict(), "theta": {k: p.detach().clone() for k, p in self.theta.items()}}
