@@ -156,6 +156,19 @@ def scale_near_minus_one(bench: Bench) -> None:
         ratios([-1.0 + 2.0**-6, -1.0 - 2.0**-6, -0.875], horizon, bench, optimizer=MOMENTUM)
 
 
+@check("EXT-06", coarse=True)
+def short_horizons_are_refused(bench: Bench) -> None:
+    for horizon in (1, 0, -3):
+        settings = bench.config(config(horizon=horizon))
+        try:
+            bench.port.start({"w": to_dtype(THETA, bench.dtype)}, settings, dtype=bench.dtype, device=bench.device)
+        except ValueError:
+            continue
+        except Exception as error:
+            raise Failure(f"start() with horizon {horizon} raised {error!r}, should be a ValueError") from error
+        raise Failure(f"start() took horizon {horizon}, should raise ValueError")
+
+
 @check("MOV-01", coarse=True)
 def alpha_scales_the_whole_move(bench: Bench) -> None:
     for alpha in (0.25, 0.5, 0.75, 1.0):  # K = 2: q is 1 everywhere, so theta~ is alpha of the way to theta2

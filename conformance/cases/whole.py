@@ -269,8 +269,10 @@ def toys() -> dict[str, list[Problem]]:
             noisy(Quadratic.rotated(condition=100.0), "rotated quadratic", 1),
             noisy(Quadratic.ill_conditioned(), "ill-conditioned quadratic", 2),
         ],
-        "TOY-02": [policy(Bandit(seed=seed), f"softmax bandit, seed {seed}") for seed in (1, 4)],
-        "TOY-03": [policy(ContextualBandit(seed=seed), f"contextual bandit, seed {seed}") for seed in (2, 11)],
+        "TOY-02": [policy(Bandit(seed=seed, on_policy=True), f"softmax bandit, seed {seed}") for seed in (14, 21)],
+        "TOY-03": [
+            policy(ContextualBandit(seed=seed, on_policy=True), f"contextual bandit, seed {seed}") for seed in (5, 19)
+        ],
     }
 
 

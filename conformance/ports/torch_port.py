@@ -40,10 +40,8 @@ class Session:
         self.opt.step(closure)
 
     def params(self) -> Arrays:
-        def exact(p: torch.Tensor) -> np.ndarray:  # bfloat16 travels as float32
-            return p.detach().cpu().to(torch.promote_types(p.dtype, torch.float32)).numpy().copy()
-
-        return {k: exact(p) for k, p in self.theta.items()}
+        wide = {k: torch.promote_types(p.dtype, torch.float32) for k, p in self.theta.items()}  # bfloat16 as float32
+        return {k: p.detach().to("cpu", wide[k]).numpy().copy() for k, p in self.theta.items()}
 
     def save(self) -> dict:
         return {"opt": self.opt.state_dict(), "theta": {k: p.detach().clone() for k, p in self.theta.items()}}
