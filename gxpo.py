@@ -368,10 +368,8 @@ class GXPO(torch.optim.Optimizer):
         _require(_is_number(alpha) and alpha >= 0, "alpha", "a number >= 0", alpha)
         _require(estimator in ESTIMATORS, "estimator", f"one of {ESTIMATORS}", estimator)
         _require(optimizer_state in STATE_POLICIES, "optimizer_state", f"one of {STATE_POLICIES}", optimizer_state)
-        unclipped = max_grad_norm is None
-        _require(
-            unclipped or _is_number(max_grad_norm, above=0), "max_grad_norm", "None or a number > 0", max_grad_norm
-        )
+        clip_ok = max_grad_norm is None or _is_number(max_grad_norm, above=0)
+        _require(clip_ok, "max_grad_norm", "None or a number > 0", max_grad_norm)
         _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
         gate = gate or Gate("never")
         values = horizon, alpha, estimator, optimizer_state, max_grad_norm, gate, rollback, replay_rng
@@ -403,39 +401,26 @@ class GXPO(torch.optim.Optimizer):
         params = self._params_with_grad()
         norm, loss, cosine = self._read(step, params)
         step.passes, step.norm = step.passes + 1, norm
-
-        finite = math.isfinite(norm) and (loss is None or math.isfinite(loss))
-        if not finite:
-            what = f"non-finite {'loss' if math.isfinite(norm) else 'gradient'} in pass {step.passes}"
-            step.why = f"{step.why}, then {what}" if step.why else what
-        if step.outcome != "rolled back":  # that one's last pass repeats the first
+        first, fast = step.passes == 1, step.passes <= self.FAST_STEPS
+        if step.outcome != "rolled back":  # there this pass repeats the first
             step.norms.append(norm)
-            step.loss = loss if step.passes == 1 else step.loss
-        if not finite:  # NUM-02 to NUM-05
-            repeat = step.active and step.passes > 1
-            if repeat:
-                self._rewind(step)
-            step.active, step.ready, step.outcome = False, not repeat, "rolled back" if repeat else "skipped"
-            return repeat
-        if not step.active or (step.passes == 1 and norm == 0):  # NUM-01: nothing to extrapolate from, nothing to see
-            closed = (
-                "gate closed"
-                if self.gate_state.fallback_step is None
-                else f"gate closed at step {self.gate_state.fallback_step}"
-            )
-            step.why = step.why or ("zero gradient" if step.active else closed)
-            step.active, step.ready = False, True
+            step.loss = loss if first else step.loss
+
+        if not (math.isfinite(norm) and math.isfinite(loss or 0.0)):
+            return self._failed(step, "loss" if math.isfinite(norm) else "gradient")
+        if step.active and first and norm == 0:  # NUM-01: nothing to extrapolate from, nothing for the gate to see
+            step.active, step.why = False, "zero gradient"
+        if not step.active:
+            step.ready = True
             return False
-        if step.passes == 1 and self.gate.statistic == "supplied" and self._supplied is None:
+        if first and self.gate.statistic == "supplied" and self._supplied is None:
             raise RuntimeError("the gate's statistic is supplied: call observe(statistic=...) in the first pass")
 
-        for p in params:
-            if p not in step.theta0:
-                step.theta0[p] = p.detach().clone()
-        if step.passes <= self.FAST_STEPS:
-            if step.passes == 1 and (self.rollback or self.optimizer_state == "restore"):
+        step.theta0 |= {p: p.detach().clone() for p in params if p not in step.theta0}
+        if fast:
+            if first and (self.rollback or self.optimizer_state == "restore"):
                 step.state = _copy_state(self.base)
-            if step.passes == 1 and self.gate.statistic == "disagreement":
+            if first and self.gate.statistic == "disagreement":
                 step.g0 = {p: p.grad.clone() for p in params}
             self._clip(params, norm)
             self._fast_step(step, params)
@@ -444,17 +429,26 @@ class GXPO(torch.optim.Optimizer):
                 if self.optimizer_state == "restore":  # OPT-05: the fast steps leave no trace in the state
                     _restore_state(self.base, step.state)
             self.zero_grad()
-            return True
+        else:
+            step.outcome, step.ready = "active", True
+            step.statistic = {
+                "corrective_norm": norm,  # before clipping: after it the norm saturates at C and says nothing (CLP-03)
+                "initial_norm": step.norms[0],
+                "disagreement": 1 - abs(cosine),
+                "supplied": self._supplied,
+                "never": None,
+            }[self.gate.statistic]
+        return fast
 
-        step.outcome, step.ready = "active", True
-        step.statistic = {
-            "corrective_norm": norm,  # before clipping: afterwards it saturates at C and the gate is blind (CLP-03)
-            "initial_norm": step.norms[0],
-            "disagreement": 1 - abs(cosine),
-            "supplied": self._supplied,
-            "never": None,
-        }[self.gate.statistic]
-        return False
+    def _failed(self, step: _Step, what: str) -> bool:
+        """A non-finite first pass skips the step (NUM-02); a later one starts it over as a single pass (NUM-03)."""
+        why = f"non-finite {what} in pass {step.passes}"
+        step.why = f"{step.why}, then {why}" if step.outcome == "rolled back" else why
+        again = step.active and step.passes > 1
+        if again:
+            self._rewind(step)
+        step.active, step.ready, step.outcome = False, not again, "rolled back" if again else "skipped"
+        return again
 
     def _fast_step(self, step: _Step, params: list[Tensor]) -> None:
         """One of the two optimizer steps that show how the gradient changes. Keeps g0 after the first (theta1 for the
@@ -629,7 +623,9 @@ class GXPO(torch.optim.Optimizer):
                 "or return in it); if it was meant, or you caught an exception, call abort() first"
             )
         self._require_idle("another step")
-        self._open = _Step(self.active)
+        closed_at = self.gate_state.fallback_step
+        why = "" if self.active else "gate closed" if closed_at is None else f"gate closed at step {closed_at}"
+        self._open = _Step(self.active, why=why)
         return self._open
 
     def _close(self) -> None:

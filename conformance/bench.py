@@ -99,7 +99,7 @@ def check_arrays(arrays: Any, like: Arrays, what: str) -> Arrays:
 
 
 def check_close(got: Arrays, want: Arrays, budget: Arrays, phase: str) -> float:
-    """Failure with the worst coordinate where `got` leaves `want` by more than ALLOWED budgets; else the most it took."""
+    """Failure with the worst coordinate where `got` leaves `want` by more than ALLOWED budgets; else the most used."""
     worst, most = (ALLOWED, ""), 0.0
     for k, w in want.items():
         g, b = got[k].astype(np.float64), budget[k]

@@ -1,9 +1,10 @@
 """How far right implementations may differ: rounding, propagated to first order, never a chosen tolerance.
 
 u is the unit roundoff of the run's dtype. Every stored parameter carries u of itself and an optimizer's update
-`UPDATE[name]` u of its size, where size adds up the magnitudes of what the update is made of (a momentum buffer may cancel
-to nothing and still carry the rounding of its parts), and 2 u more for every time the state had advanced. What the ratio
-makes of that is found by asking q at r - dr and at r + dr, clamps included. ALLOWED times the result may be used up.
+`UPDATE[name]` u of its size, where size adds up the magnitudes of what the update is made of (a momentum buffer may
+cancel to nothing and still carry the rounding of its parts), and 2 u more for every time the state had advanced. What
+the ratio makes of that is found by asking q at r - dr and at r + dr, clamps included. ALLOWED times the result may be
+used up.
 `python -m gxpo_conformance.measure` prints what right ports need.
 """
 

@@ -1,8 +1,8 @@
 """Prints how much of its rounding budget a right implementation needs: python -m gxpo_conformance.measure [--cases N]
 
-Random settings, parameters and scripted gradients; the port (the bundled gxpo.py, or --impl) beside the oracle. A column
-a dtype; each cell is the 50th and 99th percentile and the largest number of budgets that any point of a case took. The
-suite allows ALLOWED of them.
+Random settings, parameters and scripted gradients; the port (the bundled gxpo.py, or --impl) beside the oracle. A
+column a dtype; each cell is the 50th and 99th percentile and the largest number of budgets that any point of a case
+took. The suite allows ALLOWED of them.
 """
 
 from __future__ import annotations

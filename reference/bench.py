@@ -1,8 +1,8 @@
 """What a GXPO step costs, as ratios within one run: python -m gxpo_reference.bench [--device cuda]
 
-A small transformer on a fixed batch of tokens. Plain steps, active steps (three gradients) and steps after fallback take
-turns, so that a machine that slows down slows them all; each row is the median over the rounds. The floor of an active
-step is 3.00 plain ones.
+A small transformer on a fixed batch of tokens. Plain steps, active steps (three gradients) and steps after fallback
+take turns, so that a machine that slows down slows them all; each row is the median over the rounds. The floor of an
+active step is 3.00 plain ones.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
     options.add_argument("--width", type=int, default=320, help="of the transformer (default: %(default)s)")
-    options.add_argument("--layers", type=int, default=7, help="default: %(default)s, about 10M parameters with the width")
+    options.add_argument(
+        "--layers", type=int, default=7, help="default: %(default)s, about 10M parameters with the width"
+    )
     options.add_argument("--batch", type=int, default=16, help="sequences of 128 tokens (default: %(default)s)")
     options.add_argument("--rounds", type=int, default=7, help="default: %(default)s")
     given = options.parse_args(arguments)
@@ -66,14 +68,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     contenders = {
         "plain step, clipped": contender(lambda base: base),
         "GXPO, active": contender(lambda base: GXPO(base, max_grad_norm=1.0, gate=None)),
-        "GXPO, active, rollback=False": contender(lambda base: GXPO(base, max_grad_norm=1.0, gate=None, rollback=False)),
+        "GXPO, active, rollback=False": contender(
+            lambda base: GXPO(base, max_grad_norm=1.0, gate=None, rollback=False)
+        ),
         "GXPO, active, displacement": contender(
             lambda base: GXPO(base, max_grad_norm=1.0, gate=None, estimator="displacement")
         ),
         "GXPO, after fallback": contender(lambda base: GXPO(base, max_grad_norm=1.0, gate=closed)),
     }
-    parameters = sum(p.numel() for p in Transformer(given.width, given.layers).parameters())
-    print(f"{parameters / 1e6:.1f}M parameters, {given.batch * 128} tokens, {given.device}, AdamW, torch {torch.__version__}")
+    size = sum(p.numel() for p in Transformer(given.width, given.layers).parameters()) / 1e6
+    print(f"{size:.1f}M parameters, {given.batch * 128} tokens, {given.device}, AdamW, torch {torch.__version__}")
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for n in range(given.rounds + 1):
         for name, run in contenders.items():

@@ -223,7 +223,7 @@ class Late(gxpo.Gate):
 
 
 PLANTED: dict[str, tuple[str, Any, set[str]]] = {
-    # name in gxpo.py -> the wrong one -> the clauses that must name it (others may fail with it: whole runs, identities)
+    # name in gxpo.py, the wrong one, and the clauses that must name it (whole runs and identities may fail with it)
     "alpha on the excess": ("GXPO", AlphaOnExcess, {"MOV-01", "MOV-02"}),
     "clipped statistic": ("GXPO", ClippedStatistic, {"CLP-03"}),
     "state not restored": ("GXPO", NeverRestored, {"OPT-05"}),

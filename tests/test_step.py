@@ -181,7 +181,7 @@ def test_mixed_dtypes_and_shapes_in_one_optimizer(device: str) -> None:
 
 
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large tensors are worked through in blocks of rows; if one were skipped or doubled, only large models would fail."""
+    """Large tensors are worked through in blocks of rows; one skipped or doubled would fail large models only."""
     torch.manual_seed(0)
     target = torch.randn(700, 300, dtype=torch.float64)  # 210,000 numbers: four blocks
     ends = []

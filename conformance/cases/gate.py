@@ -23,7 +23,7 @@ def observed(h: float, g0: float = 1.0) -> Script:
 
 
 def play(bench: Bench, norms: Sequence[float | Script], single: Sequence[int] = (), **gate: object) -> Run:
-    """Steps with these |g~| (or these gradients); `single` are the steps that must be single passes, all others active."""
+    """Steps with these |g~| (or these gradients); those in `single` must be single passes, all others active."""
     run = bench.begin({"w": np.zeros(2)}, config(gate={"window": 4, "threshold": 3.0, **gate}))
     for n, h in enumerate(norms):
         trace = run.step(observed(h) if isinstance(h, float) else h, judge="counts")
