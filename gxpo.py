@@ -341,6 +341,11 @@ class GXPO(torch.optim.Optimizer):
     Raises ValueError for a value out of bounds, TypeError for a base that cannot be wrapped.
     """
 
+    base: torch.optim.Optimizer
+    gate: Gate
+    gate_state: GateState
+    report: Report | None  # of the last step
+
     # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
     _step_supports_amp_scaling = True
     FAST_STEPS = 2
@@ -371,10 +376,13 @@ class GXPO(torch.optim.Optimizer):
         clip_ok = max_grad_norm is None or _is_number(max_grad_norm, above=0)
         _require(clip_ok, "max_grad_norm", "None or a number > 0", max_grad_norm)
         _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
-        gate = gate or Gate("never")
-        values = horizon, alpha, estimator, optimizer_state, max_grad_norm, gate, rollback, replay_rng
-        settings = dict(zip(self._SETTINGS, values, strict=True))
-        self.__setstate__({**settings, "base": base, "gate_state": GateState(), "report": None})
+        for name, value in (("rollback", rollback), ("replay_rng", replay_rng)):
+            _require(isinstance(value, bool), name, "True or False", value)
+        self.base, self.gate_state, self.report = base, GateState(), None
+        self.horizon, self.alpha, self.estimator, self.optimizer_state = horizon, alpha, estimator, optimizer_state
+        self.max_grad_norm, self.gate = max_grad_norm, gate or Gate("never")
+        self.rollback, self.replay_rng = rollback, replay_rng
+        self.__setstate__({})
 
     # -- the step
 
@@ -718,9 +726,9 @@ class GXPO(torch.optim.Optimizer):
         return {name: self.__dict__[name] for name in (*self._SETTINGS, "base", "gate_state", "report")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # fills __dict__ and makes the hook registries
         self._left = False
         self._close()
-        super().__setstate__(state)  # fills __dict__ and makes the hook registries
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             registry = f"_optimizer_{kind}_hooks"  # these run where the work is done, in the base; step hooks run here
             setattr(self, registry, getattr(self.base, registry))

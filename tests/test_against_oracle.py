@@ -167,6 +167,8 @@ def compare_steps(settings: dict[str, Any], dtype: str, seed: int, steps: int, d
             else:
                 assert report.statistic == pytest.approx(trace.statistic, rel=100 * u, abs=100 * u)
         assert (report.z is None) == (trace.z is None)
+        if trace.z is not None and trace.baseline[1] > 0.01:
+            assert report.z == pytest.approx(trace.z, rel=2e4 * u, abs=2e4 * u)
         assert report.streak == trace.streak
         if trace.tripped and gate["cooldown"] != 0:
             assert not both.opt.active

@@ -220,6 +220,8 @@ def test_a_loss_of_exactly_zero_is_a_loss() -> None:
         ({"optimizer_state": "reset"}, r"optimizer_state must be one of .*restore.*, got 'reset'"),
         ({"max_grad_norm": 0}, "max_grad_norm must be None or a number > 0, got 0"),
         ({"max_grad_norm": float("inf")}, "max_grad_norm must be None or a number > 0, got inf"),
+        ({"rollback": None}, "rollback must be True or False, got None"),
+        ({"replay_rng": 1}, "replay_rng must be True or False, got 1"),
         ({"gate": 3.0}, r"gate must be None \(never\) or a Gate, got 3.0"),
     ],
 )
