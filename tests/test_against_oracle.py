@@ -5,6 +5,7 @@ If one of these fails, gxpo.py does not compute what the specification says, som
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ import gxpo
 from gxpo_conformance.bench import to_dtype
 from gxpo_conformance.budget import ALLOWED, UNIT_ROUNDOFF, Budget
 from gxpo_conformance.protocol import config
+from gxpo_reference import oracle
 from gxpo_reference.oracle import Oracle, Trace
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4)}
@@ -97,7 +99,6 @@ class Both:
         return {k: p.detach().double().cpu().numpy().copy() for k, p in self.theta.items()}
 
     def script(self) -> list[dict[str, np.ndarray]]:
-        """Three gradients, no coordinate near the activity bound (not even as a displacement, mostly)."""
         size = 10.0 ** self.rng.uniform(-1, 1)
         drawn = [{k: self.rng.normal(size=s) * size for k, s in SHAPES.items()} for _ in range(3)]
         ratio = {k: self.rng.uniform(-0.9, 2.2, s) for k, s in SHAPES.items()}
@@ -134,6 +135,18 @@ def close(got: dict[str, np.ndarray], want: dict[str, np.ndarray], budget: dict[
         )
 
 
+def near_the_activity_bound(trace: Trace, estimator: str) -> bool:
+    """Whether rounding may decide if some coordinate takes part."""
+    if "theta2" not in trace.points or estimator == "tensor":
+        return False
+    first = trace.grads[0]
+    if estimator == "displacement":
+        first = {k: trace.points["theta1"][k] - trace.points["theta0"][k] for k in first}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        shares = [np.abs(v) / (1e-3 * np.sqrt(np.mean(v**2))) for v in first.values()]
+    return any(((s > 0.9) & (s < 1.1)).any() for s in shares)
+
+
 def compare_steps(settings: dict[str, Any], dtype: str, seed: int, steps: int, device: str = "cpu") -> list[str]:
     """Run both, comparing everything there is to see; returns the outcomes."""
     both, outcomes = Both(settings, dtype, np.random.default_rng(seed), device), []
@@ -143,7 +156,11 @@ def compare_steps(settings: dict[str, Any], dtype: str, seed: int, steps: int, d
         budgets, end = both.budget.step(trace)
         gate = settings["gate"]
         near = trace.z is not None and abs(abs(trace.z) - gate["threshold"]) < 1e-3
-        if near or (dtype != "float64" and gate["level"] is not None):
+        if (
+            near
+            or near_the_activity_bound(trace, settings["estimator"])
+            or (dtype != "float64" and gate["level"] is not None)
+        ):
             break  # rounding may decide otherwise from here on
         assert (report.step, report.outcome, report.passes) == (n, trace.outcome, trace.passes)
         assert len(asked) == len(trace.asked)
@@ -158,8 +175,8 @@ def compare_steps(settings: dict[str, Any], dtype: str, seed: int, steps: int, d
             }
             close(both.after_base[1], trace.points["theta2"], within, f"step {n}, theta2")
             q = np.concatenate([v.ravel() for v in trace.q.values()])
-            if settings["estimator"] == "gradient":
-                assert report.mean_q == pytest.approx(q.mean(), rel=2 * UNIT_ROUNDOFF[dtype] + 200 * u)
+            if settings["estimator"] == "gradient" and dtype != "bfloat16":
+                assert report.mean_q == pytest.approx(q.mean(), rel=500 * u)
             if n < gate["warmup"]:
                 assert trace.statistic is None
             elif trace.statistic is None:
@@ -186,6 +203,8 @@ def test_every_point_in_float64(drawn: dict[str, Any], seed: int) -> None:
 @given(configs, st.integers(0, 2**32 - 1))
 @settings(max_examples=75)
 def test_every_point_in_narrow_types(dtype: str, drawn: dict[str, Any], seed: int) -> None:
+    if dtype == "bfloat16":  # displacements are mostly rounding there (SPEC.md, Budgets)
+        drawn = {**drawn, "estimator": "gradient"}
     compare_steps(build(drawn), dtype, seed, 4)
 
 
@@ -203,3 +222,39 @@ def test_a_long_run_falls_back_where_the_oracle_does(dtype: str, device: str) ->
     outcomes = compare_steps(settings, dtype, 11, 40, device)
     assert len(outcomes) == 40
     assert set(outcomes) == {"active", "single"}
+
+
+@given(gates, st.integers(0, 2**32 - 1), st.floats(0.01, 1.0))
+@settings(max_examples=300)
+def test_the_gate_alone_over_long_series(drawn: dict[str, Any], seed: int, spread: float) -> None:
+    """Windows fill, streaks open and break, drifts and cooldowns come and go: every decision, on 80 steps."""
+    if drawn["statistic"] == "never":
+        return
+    gate, state, theirs = gxpo.Gate(**drawn), gxpo.GateState(), oracle.Gate()
+    rng = np.random.default_rng(seed)
+    series = 1 + spread * rng.standard_t(2, 80) + rng.choice([0.0, 0.02]) * np.arange(80)
+    for step, h in enumerate(series):
+        active = not oracle.why_closed(theirs, drawn, step)
+        assert gate.is_open(state) == active
+        state, z, streak = gate.after(state, active, float(h) if active else None)
+        if not active:
+            continue
+        theirs = dataclasses.replace(theirs, completed=theirs.completed + 1)
+        want = {"z": None, "streak": 0, "tripped": False}
+        if step >= drawn["warmup"]:
+            theirs, want = oracle.observe(theirs, drawn, step, float(h))
+        assert z == (None if want["z"] is None else pytest.approx(want["z"], rel=1e-6, abs=1e-6))
+        assert streak == want["streak"]
+        assert (state.fallback_step == step) == (want["tripped"] or state.active_steps == drawn["max_active_steps"])
+
+
+def test_a_slow_drift_closes_the_gate_by_its_level() -> None:
+    """No windowed score sees a drift that the window follows; the level rule does, whatever the patience."""
+    series = [1.0 + 0.01 * n + 0.05 * (-1) ** n for n in range(60)]
+    # By hand: the first ten have mean 1.045, so the bound is 1.254; the median is 1.245 at step 29 and 1.255 at step 30.
+    for level, closed_at in ((None, None), (1.2, 30)):
+        gate, state = gxpo.Gate(window=10, level=level), gxpo.GateState()
+        for h in series:
+            state, z, _ = gate.after(state, gate.is_open(state), h if gate.is_open(state) else None)
+            assert z is None or z < 3
+        assert state.fallback_step == closed_at

@@ -13,12 +13,34 @@ from torch import Tensor
 import gxpo
 from gxpo import GXPO, Gate
 
+
+class Restless(torch.optim.Optimizer):
+    """Keeps its state as awkwardly as optimizers outside torch do: entries that come later, tensors replaced and not
+    written to, nested lists, counters in the groups."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group[f"seen {group['k']}"] = True
+            for p in group["params"]:
+                state = self.state[p]
+                state["mean"] = 0.9 * state["mean"] + p.grad if "mean" in state else p.grad.clone()
+                state.setdefault("norms", []).append(p.grad.norm().item())
+                state[f"step {group['k']}"] = p.detach().clone()
+                p.sub_(group["lr"] * state["mean"])
+
+
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
     "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.1, amsgrad=True, foreach=False),
     "tensor lr": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.1), foreach=False),
     "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1),
+    "restless": Restless,
 }
 
 
@@ -50,7 +72,10 @@ class Case:
         base = self.opt.base
         return {
             "params": [(id(p), p.detach().clone()) for p in self.params],
-            "state": {id(p): {k: (id(v), copy.deepcopy(v)) for k, v in s.items()} for p, s in base.state.items()},
+            "state": {
+                id(p): {k: (isinstance(v, Tensor) and id(v), copy.deepcopy(v)) for k, v in s.items()}
+                for p, s in base.state.items()
+            },
             "groups": [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in base.param_groups],
             "gate": self.opt.gate_state,
         }
