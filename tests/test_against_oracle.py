@@ -251,7 +251,7 @@ def test_the_gate_alone_over_long_series(drawn: dict[str, Any], seed: int, sprea
 def test_a_slow_drift_closes_the_gate_by_its_level() -> None:
     """No windowed score sees a drift that the window follows; the level rule does, whatever the patience."""
     series = [1.0 + 0.01 * n + 0.05 * (-1) ** n for n in range(60)]
-    # By hand: the first ten have mean 1.045, so the bound is 1.254; the median is 1.245 at step 29 and 1.255 at step 30.
+    # By hand: the first ten have mean 1.045, so the bound is 1.254; the median is 1.245 at step 29, 1.255 at step 30.
     for level, closed_at in ((None, None), (1.2, 30)):
         gate, state = gxpo.Gate(window=10, level=level), gxpo.GateState()
         for h in series:
