@@ -110,7 +110,7 @@ def check_close(got: Arrays, want: Arrays, budget: Arrays, phase: str) -> float:
         if off.size and not off.max() <= worst[0]:
             at = np.unravel_index(np.argmax(off), off.shape)
             place = f"{k}[{', '.join(str(int(i)) for i in at)}]" if off.ndim else k
-            worst = (float(off[at]), f"{phase} differs: {place} is {g[at]!r}, should be {w[at]!r}")
+            worst = (float(off[at]), f"{phase} differs: {place} is {float(g[at])!r}, should be {float(w[at])!r}")
     if worst[1]:
         raise Failure(f"{worst[1]}, {worst[0]:.3g} rounding budgets off ({ALLOWED:g} allowed)")
     return float(most)

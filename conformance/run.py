@@ -140,7 +140,7 @@ def judge(clause: Clause, bench: Bench, verdict: Verdict) -> Result:
     for lean in check.leans:
         found = verdict.results.get(lean, {}).get(bench.dtype)
         if found is not None and found.verdict in (FAIL, BLOCKED):
-            return Result(clause, bench.dtype, BLOCKED, f"leans on {lean}, which is {found.verdict}")
+            return Result(clause, bench.dtype, BLOCKED, f"leans on {lean}, which did not pass")
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # what a port prints is not part of the report
             check.function(bench)

@@ -410,6 +410,7 @@ def test_the_command_and_its_exit_status(arguments: list[str], status: int, last
     assert last in printed
     assert printed.rstrip().endswith("end of report")  # a cut-off report cannot look whole
     assert "EXT-03  MUST" in printed
+    assert max(map(len, printed.splitlines())) <= 132
 
 
 def test_the_command_names_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
