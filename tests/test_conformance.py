@@ -92,6 +92,73 @@ def test_what_is_not_declared_is_not_tested_and_the_report_says_so(capsys: pytes
     assert verdict.of("OPT-04") == "undeclared"
 
 
+class NumpyCore:
+    """A port written from SPEC.md in plain numpy, in the run's own dtype: the core and nothing else."""
+
+    name = "numpy core"
+
+    def capabilities(self) -> dict:
+        return {**CoreOnly().capabilities(), "dtypes": ["float64", "float32"]}
+
+    def start(self, params: Any, config: Any, dtype: str = "float64", device: str = "cpu") -> NumpySession:
+        if config["horizon"] < 2:
+            raise ValueError(f"horizon must be >= 2, got {config['horizon']}")
+        return NumpySession(params, config, np.dtype(dtype).type)
+
+
+class NumpySession:
+    def __init__(self, params: Any, config: Any, kind: type) -> None:
+        self.theta, self.config, self.kind = {k: v.astype(kind) for k, v in params.items()}, config, kind
+        self.buffer: dict[str, Any] = {}
+        self.past: list[float] = []
+        self.closed = False
+
+    def params(self) -> dict[str, np.ndarray]:
+        return {k: v.copy() for k, v in self.theta.items()}
+
+    def update(self, theta: Any, buffer: Any, g: Any) -> tuple[Any, Any]:
+        lr, mu, decay = (self.kind(self.config["optimizer"][k]) for k in ("lr", "momentum", "weight_decay"))
+        d = {k: g[k] + decay * theta[k] for k in theta}
+        buffer = {k: mu * buffer[k] + d[k] if buffer else d[k] for k in theta}
+        return {k: np.asarray(theta[k] - lr * buffer[k]) for k in theta}, buffer
+
+    def scale(self, g0: np.ndarray, g1: np.ndarray) -> np.ndarray:
+        K, one = self.config["horizon"], self.kind(1)
+        active = np.abs(g0) > 1e-3 * np.sqrt(np.mean(g0 * g0))
+        with np.errstate(all="ignore"):
+            r = np.where(active, g1 / g0, 0)
+            r = np.clip(np.where(np.isfinite(r), r, 0), -2, 3).astype(self.kind)
+            q = sum((r ** (2 * n) for n in range(K // 2)), 0 * r)
+            q = q + r ** (K - 1) / (one + r) if K % 2 else q
+        neutral = (K % 2 == 1) & (r <= -1 + 1e-8)
+        return np.clip(np.where(neutral, 1, q), 1, K / 2 + 1).astype(self.kind)
+
+    def step(self, grad: Any) -> None:
+        g0 = grad(self.params())[1]
+        theta1, buffer1 = self.update(self.theta, self.buffer, g0)
+        if self.closed or not any(g.any() for g in g0.values()):
+            self.theta, self.buffer = theta1, buffer1
+            return
+        g1 = grad({k: v.copy() for k, v in theta1.items()})[1]
+        theta2, _ = self.update(theta1, buffer1, g1)
+        a = self.kind(self.config["alpha"])
+        tilde = {k: np.asarray(t + a * self.scale(g0[k], g1[k]) * (theta2[k] - t)) for k, t in self.theta.items()}
+        g = grad({k: v.copy() for k, v in tilde.items()})[1]
+        self.theta, self.buffer = self.update(tilde, self.buffer, g)  # restore
+        gate, h = self.config["gate"], float(np.sqrt(sum(np.sum(v.astype(float) ** 2) for v in g.values())))
+        past = self.past[-gate["window"] :]
+        if len(past) == gate["window"]:
+            self.closed = (h - np.mean(past)) / (np.std(past) + 1e-9) >= gate["threshold"]
+        self.past.append(h)
+
+
+def test_a_port_written_from_the_spec_passes() -> None:
+    """Somebody else's correct work, in float32 arithmetic of its own, must not be rejected."""
+    verdict = run(NumpyCore())
+    assert verdict.failed == [], verdict.results[verdict.failed[0]]
+    assert verdict.exit_status == 0
+
+
 # ------------------------------------------------------------------------------- what is wrong fails, by its own clause
 
 
