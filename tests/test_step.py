@@ -235,6 +235,7 @@ def test_report_says_what_happened() -> None:
     _, reports = train(by_closure, gate=Gate(window=4, patience=1), horizon=5, alpha=0.5)
     tripped, single = reports[8], reports[9]
     assert (tripped.outcome, tripped.active, tripped.fallback_step, tripped.streak) == ("active", True, 8, 1)
+    assert (reports[7].why, tripped.why) == ("", "the gate closes")
     assert tripped.z is not None
     assert tripped.z >= 3
     assert tripped.multiplier == pytest.approx(1 + tripped.mean_q)
