@@ -165,14 +165,14 @@ class Gate:
             return None
         past = s.history[-self.window :]
         mu = math.fsum(past) / self.window
-        return mu, math.sqrt(math.fsum((h - mu) ** 2 for h in past) / self.window)
+        return mu, math.sqrt(math.fsum((h - mu) * (h - mu) for h in past) / self.window)  # ** raises on overflow
 
     def after(self, s: GateState, active: bool, h: float | None = None) -> tuple[GateState, float | None, int]:
         """The state after one more step, the score z and the streak with it; `h`: its observation, None without one."""
         closes, z, streak = False, None, s.streak
         if h is not None and s.step >= self.warmup:
             # An open streak is scored by what scored its first member, or its own values would hide it (GAT-11).
-            usual = s.pinned or self.usual(s)
+            usual, off = s.pinned or self.usual(s), h - s.mean
             if usual is not None:
                 z = (h - usual[0]) / (usual[1] + 1e-9)
             surprising = z is not None and (abs(z) if self.two_sided else z) >= self.threshold
@@ -190,7 +190,7 @@ class Gate:
                 seen=s.seen + 1,
                 history=history,
                 mean=(1 - self.omega) * s.mean + self.omega * h,
-                variance=(1 - self.omega) * s.variance + self.omega * (h - s.mean) ** 2,
+                variance=(1 - self.omega) * s.variance + self.omega * off * off,
                 reference=reference,
             )
         active_steps = s.active_steps + active

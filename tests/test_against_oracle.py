@@ -279,3 +279,12 @@ def test_a_vanishing_corrective_gradient_disagrees_wholly() -> None:
     for n in opt.passes():
         theta.grad = torch.tensor([1.0, 2.0]) * (n < 2)
     assert (opt.report.outcome, opt.report.statistic) == ("active", 1.0)
+
+
+@pytest.mark.parametrize("baseline", gxpo.BASELINES)
+def test_huge_norms_are_no_error(baseline: str) -> None:
+    """Python's ** raises where the square of a float overflows: a finite float64 gradient would end the run."""
+    gate, state = gxpo.Gate(baseline=baseline, window=3), gxpo.GateState()
+    for h in (1e200, 2e200, 1e200, 1e200, 1.0, 1e200):
+        state, _, _ = gate.after(state, True, h)
+    assert state.seen == 6
