@@ -69,6 +69,11 @@ CORE = {
 }
 
 
+def everything() -> dict[str, Any]:
+    """The declaration of a port that has it all."""
+    return {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
+
+
 class AdapterError(Exception):
     """The adapter broke before a verdict: exit status 2."""
 

@@ -6,7 +6,7 @@ import shutil
 import textwrap
 
 from gxpo_conformance.checks import GROUPS, SPEC_VERSION, Clause
-from gxpo_conformance.run import BLOCKED, FAIL, NOT_RUN, Verdict
+from gxpo_conformance.run import BLOCKED, FAIL, NOT_RUN, UNDECLARED, Verdict
 
 CELL = 12  # "undeclared" and a space
 
@@ -48,7 +48,7 @@ def summary(verdict: Verdict, seconds: float) -> None:
         print(textwrap.fill(f"no dtype of this run can show {', '.join(idle)}", 116, subsequent_indent="      "))
     if set(verdict.dtypes) == {"bfloat16"}:
         print("bfloat16 parameters show the coarse rules only: run float64 or float32 as well")
-    ran = sum(r.verdict not in ("undeclared", BLOCKED) for r in results)
+    ran = sum(r.verdict not in (UNDECLARED, BLOCKED) for r in results)
     print(f"GXPO {SPEC_VERSION}: {verdict.headline}")
     print(f"verdict: {verdict.words}")
     print(f"{ran} checks ran in {seconds:.1f} s; end of report")

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gxpo_conformance.cases import failures, gate, step, whole
+from gxpo_conformance.cases import failures, gate, identities, step, toys
 
-__all__ = ["failures", "gate", "step", "whole"]
+__all__ = ["failures", "gate", "identities", "step", "toys"]

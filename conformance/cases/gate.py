@@ -18,7 +18,7 @@ CALM = (1.0, 1.25, 0.75, 1.0)
 
 
 def observed(h: float, g0: float = 1.0) -> Script:
-    """The gradients of a step with |g~| = h."""
+    """The gradients of a step with |g~| = h, |g0| = g0."""
     return [{"w": np.array([g, 0.0])} for g in (g0, 0.5 * g0, h)]
 
 

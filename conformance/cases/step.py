@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from gxpo_conformance.bench import Bench, Failure, Recorder, to_dtype
+from gxpo_conformance.cases.gate import CALM, observed
 from gxpo_conformance.checks import check
 from gxpo_conformance.protocol import Arrays, Config, config, declares
 
@@ -221,16 +222,16 @@ def ratio_is_of_clipped_gradients(bench: Bench) -> None:
 def gate_reads_norms_before_clipping(bench: Bench) -> None:
     # The calm norms lie below C = 2 and the spike above; clipped to 2 it would score 2.8.
     gate = {"window": 4, "threshold": 3.0}
-    run = bench.begin({"w": np.zeros(1)}, config(max_grad_norm=2.0, gate=gate))
+    run = bench.begin({"w": np.zeros(2)}, config(max_grad_norm=2.0, gate=gate))
     for h in (1.0, 1.5, 0.5, 1.0, 64.0, 1.0):
-        run.step([{"w": np.array([g])} for g in (1.0, 0.5, h)], judge="counts")
+        run.step(observed(h), judge="counts")
 
 
 @check("CLP-04", coarse=True)
 def single_pass_is_clipped(bench: Bench) -> None:
     run = bench.begin({"w": np.zeros(2)}, config(max_grad_norm=1.0, gate={"window": 4}))
     for h in (0.5, 0.625, 0.375, 0.5, 64.0):
-        run.step([{"w": np.array([g, 0.0])} for g in (0.5, 0.25, h)], judge="counts")
+        run.step(observed(h, g0=0.5), judge="counts")
     run.step([{"w": np.array([3.0, -4.0])}])
     run.step([{"w": np.array([0.375, -0.5])}])
 
@@ -294,5 +295,5 @@ def adamw_state_follows_the_policy(bench: Bench) -> None:
 def three_gradients_then_one(bench: Bench) -> None:
     for horizon in (2, 5, 10):
         run = bench.begin({"w": np.zeros(2)}, config(horizon=horizon, gate={"window": 4}))
-        for h in (1.0, 1.25, 0.75, 1.0, 64.0, 1.0, 1.0):
-            run.step([{"w": np.array([g, 0.0])} for g in (1.0, 0.5, h)], judge="counts")
+        for h in (*CALM, 64.0, 1.0, 1.0):
+            run.step(observed(h), judge="counts")

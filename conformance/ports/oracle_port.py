@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gxpo_conformance.protocol import CAPABILITIES, Arrays, Config, Gradient
+from gxpo_conformance.protocol import Arrays, Config, Gradient, everything
 from gxpo_reference.oracle import Oracle
 
 
@@ -10,8 +10,7 @@ class Port:
     name = "numpy oracle"
 
     def capabilities(self) -> dict:
-        everything = {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
-        return {**everything, "dtypes": ["float64"], "devices": ["cpu"]}
+        return {**everything(), "dtypes": ["float64"], "devices": ["cpu"]}
 
     def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
         if (dtype, device) != ("float64", "cpu"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 import gxpo
-from gxpo_conformance.protocol import CAPABILITIES, Arrays, Config, Gradient
+from gxpo_conformance.protocol import Arrays, Config, Gradient, everything
 
 BASES = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 
@@ -14,8 +14,7 @@ class Port:
     name = f"gxpo.py {gxpo.__version__}"
 
     def capabilities(self) -> dict:
-        everything = {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
-        return {**everything, "devices": ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]}
+        return {**everything(), "devices": ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]}
 
     def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
         return Session(params, config, getattr(torch, dtype), device)
