@@ -10,7 +10,6 @@ from importlib import resources
 
 from gxpo_conformance.bench import Bench
 
-SPEC_VERSION = "1.0"
 GROUPS = {
     "EST": "ratio and activity",
     "EXT": "virtual point",
@@ -64,11 +63,14 @@ def check(
     return register
 
 
+SPEC = resources.files("gxpo_conformance").joinpath("SPEC.md").read_text(encoding="utf-8")
+SPEC_VERSION = SPEC.splitlines()[0].split()[-1]  # of its title
+
+
 @functools.cache
 def clauses() -> dict[str, Clause]:
     """Every clause of SPEC.md's table, in its order."""
-    text = resources.files("gxpo_conformance").joinpath("SPEC.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| ([A-Z]{3}-\d\d) \| (MUST|OPTION) \|([^|]*)\| ([^|]*) \|$", text, re.M)
+    rows = re.findall(r"^\| ([A-Z]{3}-\d\d) \| (MUST|OPTION) \|([^|]*)\| ([^|]*) \|$", SPEC, re.M)
     found = {n: Clause(n, level, tuple(re.findall(r"`([^`]+)`", needs)), rule) for n, level, needs, rule in rows}
     if len(found) != len(rows):
         raise ValueError("SPEC.md uses a clause number twice")
