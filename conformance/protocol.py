@@ -78,6 +78,10 @@ class AdapterError(Exception):
     """The adapter broke before a verdict: exit status 2."""
 
 
+class PortError(Exception):
+    """The port's process died, hung or sent what it should not: a finding, with the port's last words."""
+
+
 def check_capabilities(declared: object) -> dict[str, Any]:
     """The declaration, checked. Raises AdapterError that names the key, the choices and what was declared."""
     if not isinstance(declared, dict):
