@@ -32,7 +32,7 @@ class Budget:
     def step(self, trace: Trace, exact_ratio: bool = False) -> tuple[list[Arrays], Arrays]:
         """(one budget per point asked, budget of the end), coordinatewise; theta0 is taken as exactly known.
 
-        `exact_ratio`: r is a quotient without rounding (g1 = -g0, say), so that a case may stand on a pole of q.
+        `exact_ratio`: r is a quotient without rounding (g1 = -g0, say).
         """
         points, asked = trace.points, [{k: np.zeros_like(v) for k, v in trace.points["theta0"].items()}]
         if trace.outcome == "skipped":

@@ -33,6 +33,7 @@ class Clause:
     id: str
     level: str  # "MUST" (core) or "OPTION" (binding for a port that declares what it needs)
     needs: tuple[str, ...]  # capabilities, "key" or "key:value"
+    seen_at: str  # what a black box shows of it
     rule: str
 
 
@@ -70,8 +71,8 @@ SPEC_VERSION = SPEC.splitlines()[0].split()[-1]  # of its title
 @functools.cache
 def clauses() -> dict[str, Clause]:
     """Every clause of SPEC.md's table, in its order."""
-    rows = re.findall(r"^\| ([A-Z]{3}-\d\d) \| (MUST|OPTION) \|([^|]*)\| ([^|]*) \|$", SPEC, re.M)
-    found = {n: Clause(n, level, tuple(re.findall(r"`([^`]+)`", needs)), rule) for n, level, needs, rule in rows}
+    rows = re.findall(r"^\| ([A-Z]{3}-\d\d) \| (MUST|OPTION) \|([^|]*)\| ([^|]+) \| ([^|]+) \|$", SPEC, re.M)
+    found = {n: Clause(n, level, tuple(re.findall(r"`([^`]+)`", needs)), *rest) for n, level, needs, *rest in rows}
     if len(found) != len(rows):
         raise ValueError("SPEC.md uses a clause number twice")
     return found

@@ -31,7 +31,7 @@ def parse_number(value: Any) -> float:
         return float(value)
     if isinstance(value, str) and value in NON_FINITE:
         return NON_FINITE[value]
-    raise ValueError(f'a number must be a JSON number or "NaN", "Infinity", "-Infinity", got {_shortened(value)}')
+    raise ValueError(f'a number must be a JSON number or "NaN", "Infinity", "-Infinity", got {shortened(value)}')
 
 
 def to_wire(arrays: Arrays) -> dict[str, Any]:
@@ -45,16 +45,16 @@ def to_wire(arrays: Arrays) -> dict[str, Any]:
 def from_wire(sent: Any, kind: type = np.float64) -> Arrays:
     """Named arrays of numpy type `kind`. ValueError that says what is not as it should be."""
     if not isinstance(sent, dict):
-        raise ValueError(f"named arrays must be a JSON object, got {_shortened(sent)}")
+        raise ValueError(f"named arrays must be a JSON object, got {shortened(sent)}")
     arrays: Arrays = {}
     for name, a in sent.items():
         if not isinstance(a, dict) or a.keys() != {"shape", "data"}:
-            raise ValueError(f'{name!r} must be {{"shape": [...], "data": [...]}}, got {_shortened(a)}')
+            raise ValueError(f'{name!r} must be {{"shape": [...], "data": [...]}}, got {shortened(a)}')
         shape, data = a["shape"], a["data"]
         if not (isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)):
-            raise ValueError(f"{name!r} must have a shape of ints >= 0, got {_shortened(shape)}")
+            raise ValueError(f"{name!r} must have a shape of ints >= 0, got {shortened(shape)}")
         if not isinstance(data, list) or len(data) != math.prod(shape):
-            got = len(data) if isinstance(data, list) else _shortened(data)
+            got = len(data) if isinstance(data, list) else shortened(data)
             raise ValueError(f"{name!r} of shape {shape} must have {math.prod(shape)} numbers of data, got {got}")
         with np.errstate(over="ignore"):
             arrays[name] = np.array([parse_number(v) for v in data], dtype=kind).reshape(shape)
@@ -66,6 +66,6 @@ def dumps(message: dict[str, Any]) -> str:
     return json.dumps(message, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
-def _shortened(value: Any) -> str:
+def shortened(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

@@ -75,14 +75,14 @@ class Problem:
         free = free_run(self, json.dumps(settings), bench.dtype)
         run = bench.begin(self.start(), settings)
         for n, outcome in enumerate(free.outcomes):
-            theta0 = in_float64(run.now)
+            theta0 = in_float64(run.talk.now)
             try:
                 trace = run.step(self.objective(n, theta0))
             except Failure as failure:
-                raise Failure(f"{self.name}: {failure}") from None
+                raise failure.within(self.name) from failure.__cause__
             if trace.outcome != outcome:  # the port was followed, so it is its parameters that led elsewhere
                 raise Failure(f"{self.name}: step {n} is {trace.outcome}, {outcome} in the oracle's own run")
-        reached = self.value(in_float64(run.now))
+        reached = self.value(in_float64(run.talk.now))
         allowed = 4 * free.spread + 64 * UNIT_ROUNDOFF[bench.dtype]
         if not abs(reached - free.value) <= allowed:
             raise Failure(f"{self.name} ends at {reached!r}, should be {free.value!r} within {allowed:.1e}")
