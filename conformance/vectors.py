@@ -173,7 +173,7 @@ def margins(kind: str, cases: list[Case]) -> list[str]:
     whole = [case for case in played() if kind_of(case) == kind] if kind in ("step", "gate") else cases
     for case, run in zip(cases, whole, strict=True):
         about = [m for m in MUTANTS.values() if case["clause"] in m.clauses]
-        others = [m for m in MUTANTS.values() if m not in about]
+        others = [m for m in MUTANTS.values() if m not in about and (kind != "gate" or about_the_gate(m))]
         away = distances(kind, run, about) or distances(kind, run, others)
         nearest = min(away, key=lambda m: away[m], default=None)
         margin = away.get(nearest, 0.0)
@@ -189,9 +189,13 @@ def margins(kind: str, cases: list[Case]) -> list[str]:
     return wrong
 
 
+def about_the_gate(mutant: Mutant) -> bool:
+    return any(clause.startswith("GAT") for clause in mutant.clauses)
+
+
 def distances(kind: str, case: Case, mutants: list[Mutant]) -> dict[str, float]:
     """Mutant -> how many tolerances it is off, for each that this case rejects."""
-    distance = {"scale": scale_distance, "ratio": ratio_distance}.get(kind, run_distance)
+    distance = {"scale": scale_distance, "ratio": ratio_distance, "gate": gate_distance}.get(kind, run_distance)
     found = {mutant.id: distance(case, mutant) for mutant in mutants}
     return {name: off for name, off in found.items() if off > 1}
 
@@ -202,6 +206,12 @@ def run_distance(case: Case, mutant: Mutant) -> float:
     except Failure as failure:
         finding = failure.finding
         return 0.0 if finding.crash else math.inf if finding.budgets is None else finding.budgets / ALLOWED
+
+
+def gate_distance(case: Case, mutant: Mutant) -> float:
+    """What differs in anything but counts is not the gate."""
+    off = run_distance(case, mutant)
+    return off if math.isinf(off) else 0.0
 
 
 def scale_distance(case: Case, mutant: Mutant) -> float:

@@ -269,7 +269,7 @@ class Oracle:
 
         def ask(point: Arrays) -> Arrays | None:
             """The clipped gradient at `point`, or None where the pass is not finite."""
-            loss, received = grad(copy.deepcopy(point))  # copies both ways: a loss may work in place
+            loss, received = grad(per_tensor(np.copy, point))  # copies both ways: a loss may work in place
             g, loss = self._like_params(received), float(loss)
             norm, C = global_norm(g), self.config["max_grad_norm"]
             trace.passes += 1
@@ -286,9 +286,9 @@ class Oracle:
             trace.outcome = outcome
             if outcome != "skipped":
                 trace.points["theta'"], trace.states["s'"] = theta, s
-            done = copy.deepcopy(trace)
-            self.params, self.state, self.gate, self.steps = theta, s, gate, self.steps + 1
-            return done
+            # The trace is the caller's from here on, so what the next step starts from is a copy.
+            self.params, self.state, self.gate, self.steps = per_tensor(np.copy, theta), copy.deepcopy(s), gate, self.steps + 1
+            return trace
 
         if (c0_g0 := ask(theta0)) is None:
             return finish("skipped", theta0, s0, self.gate)

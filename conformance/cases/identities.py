@@ -17,7 +17,7 @@ R = np.array([0.5, 0.75, -0.25, 1.0, 0.875, 1.125, 0.25, 0.625])
 SCRIPT = [{"w": G0}, {"w": G0 * R}, {"w": G0 * 0.5}]
 
 
-@check("DEV-01", coarse=True)
+@check("DEV-01")
 def any_shape_will_do(bench: Bench) -> None:
     shapes: list[tuple[int, ...]] = [(), (1,), (2, 3), (2, 1, 2)]
     theta = {f"t{n}": np.resize(THETA, s) for n, s in enumerate(shapes)}
@@ -62,7 +62,7 @@ def same(one: list[Arrays], other: list[Arrays], what: str, bench: Bench, roundi
         agree(bench, b, a, 8.0, roundings, f"{what}: point {n}")
 
 
-@check("INV-01", coarse=True)
+@check("INV-01")
 def horizon_two_is_two_step_lookahead(bench: Bench) -> None:
     for alpha in (0.5, 1.0):
         asked = points(bench, {"w": THETA}, config(horizon=2, alpha=alpha), [SCRIPT])
@@ -77,7 +77,7 @@ def alpha_zero_steps_from_theta0(bench: Bench) -> None:
     agree(bench, asked[3], {"w": THETA - 0.125 * SCRIPT[2]["w"]}, 2.0, 8, "theta' at alpha = 0")
 
 
-@check("INV-03", coarse=True)
+@check("INV-03")
 def a_linear_loss_lands_k_steps_away(bench: Bench) -> None:
     for horizon in (2, 3, 5, 10):
         asked = points(bench, {"w": THETA}, config(horizon=horizon), [[{"w": G0}] * 3])

@@ -28,7 +28,7 @@ def ratios(r: list[float], horizon: int, bench: Bench, exact_ratio: bool = False
     run.step([{"w": G0[:n]}, {"w": G0[:n] * r}, {"w": LAST[:n]}])
 
 
-@check("EST-01", coarse=True)
+@check("EST-01")
 def ratio_is_coordinatewise(bench: Bench) -> None:
     for horizon in (4, 5):  # an even K does not tell r from -r
         ratios([0.5, 0.75, 1.125, -0.5, 0.25, 0.875, 0.0, -0.25], horizon, bench)
@@ -60,7 +60,7 @@ def small_coordinates_are_not_extrapolated(bench: Bench) -> None:
     run.step([rows, {"w": np.ones((2, 2))}, rows])
 
 
-@check("EST-03", coarse=True)
+@check("EST-03")
 def each_tensor_has_its_own_rms(bench: Bench) -> None:
     run = bench.begin({"large": np.zeros(4), "small": np.zeros(4)}, config(horizon=6))
     large = {"large": np.array([1024.0, -1024.0, 512.0, 1024.0])}
@@ -109,7 +109,7 @@ def displacement_activity_reads_u0(bench: Bench) -> None:
     idle.step([{"w": G0}, {"w": G0}, {"w": G0}])
 
 
-@check("EST-12", coarse=True)
+@check("EST-12")
 def tensor_ratio_is_one_number(bench: Bench) -> None:
     run = bench.begin({"a": np.zeros(3), "b": np.zeros((2, 2))}, config(horizon=4, estimator="tensor"))
     g0 = {"a": np.array([1.0, 2.0, -1.0]), "b": np.array([[1.0, -1.0], [4.0, 0.5]])}
@@ -117,33 +117,33 @@ def tensor_ratio_is_one_number(bench: Bench) -> None:
     run.step([g0, g1, g1])
 
 
-@check("EST-13", coarse=True)
+@check("EST-13")
 def tensor_without_displacement_is_neutral(bench: Bench) -> None:
     run = bench.begin({"a": np.zeros(2), "b": np.zeros(2)}, config(horizon=4, estimator="tensor"))
     g = {"a": np.zeros(2), "b": np.array([1.0, -1.0])}
     run.step([g, {"a": np.array([1.0, -0.5]), "b": np.array([0.5, -0.5])}, g])
 
 
-@check("EST-14", coarse=True)
+@check("EST-14")
 def tensor_ratio_has_no_additive_constant(bench: Bench) -> None:
     run = bench.begin({"w": np.zeros(3)}, config(horizon=4, estimator="tensor"))
     g0 = np.array([1.0, 2.0, -1.0]) * 2.0**-24  # |u0|^2 is about 1e-15
     run.step([{"w": g0}, {"w": g0 * 0.875}, {"w": g0}])
 
 
-@check("EXT-01", coarse=True)
+@check("EXT-01")
 def scale_for_even_horizons(bench: Bench) -> None:
     for horizon in (4, 6, 10):
         ratios([0.5, 0.75, 1.03125, -0.5, 0.25, 0.9375, 0.0, -0.75], horizon, bench)
 
 
-@check("EXT-02", coarse=True)
+@check("EXT-02")
 def scale_for_odd_horizons(bench: Bench) -> None:
     for horizon in (3, 5, 7):
         ratios([0.5, 0.75, 1.03125, -0.5, 0.25, 0.9375, 0.0, -0.25], horizon, bench)
 
 
-@check("EXT-03", coarse=True)
+@check("EXT-03")
 def constant_gradient_gives_half_the_horizon(bench: Bench) -> None:
     for horizon in (3, 4, 5, 10):
         ratios([1.0, 1.0, 1.0, 1.0], horizon, bench)
@@ -151,7 +151,7 @@ def constant_gradient_gives_half_the_horizon(bench: Bench) -> None:
     ratios([1.0 + 2.0**-20, 1.0 - 2.0**-20, 1.0 + 2.0**-16], 5, bench)
 
 
-@check("EXT-04", coarse=True)
+@check("EXT-04")
 def scale_is_bounded(bench: Bench) -> None:
     for horizon in (3, 4, 5, 10):
         ratios([2.0, 1.75, 8.0, 64.0], horizon, bench)
@@ -186,7 +186,7 @@ def alpha_scales_the_whole_move(bench: Bench) -> None:
         ratios([0.5, 1.0, 0.75, -0.5], 2, bench, alpha=alpha)
 
 
-@check("MOV-02", coarse=True)
+@check("MOV-02")
 def alpha_scales_the_extrapolation(bench: Bench) -> None:
     for alpha in (0.25, 0.5, 0.75):
         ratios([1.0, 1.0, 0.75, 0.5], 5, bench, alpha=alpha)
@@ -216,14 +216,14 @@ def clipped(bench: Bench, horizon: int, limit: float, norms: Sequence[float]) ->
     run.step([{"a": np.array([0.6 * h]), "b": np.array([0.8 * h])} for h in norms])
 
 
-@check("CLP-01", coarse=True)
+@check("CLP-01")
 def each_gradient_is_clipped_by_its_global_norm(bench: Bench) -> None:
     for norms in ([4.0, 2.0, 8.0], [0.5, 4.0, 0.25], [4.0, 0.5, 0.5]):
         for scale in (1.0, 2.0**-10):  # where norms are small, the 1e-6 shows
             clipped(bench, 2, scale, [scale * h for h in norms])
 
 
-@check("CLP-02", coarse=True)
+@check("CLP-02")
 def ratio_is_of_clipped_gradients(bench: Bench) -> None:
     clipped(bench, 4, 1.0, [2.0, 1.5, 0.5])  # clipped both: r = 1, not 0.75
     clipped(bench, 4, 1.0, [0.75, 2.0, 0.5])  # only g1 clipped: r = 1.33, not 2.67

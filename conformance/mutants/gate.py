@@ -82,11 +82,17 @@ class RatioToTheMean(Functional):
         return None if usual is None else h / usual[0]
 
 
-@mutant("unfilled-window-scores", "scores as soon as there are two observations", "GAT-04")
+@mutant("threshold-of-one", "trips one deviation above the mean, whatever the threshold", "GAT-01", "GAT-03")
+class ThresholdOfOne(InPlace):
+    def surprising(self, z: float | None) -> bool:
+        return z is not None and (abs(z) if self.rules["two_sided"] else z) >= 1
+
+
+@mutant("unfilled-window-scores", "scores as soon as there is an observation", "GAT-04")
 class UnfilledWindowScores(Functional):
     def window(self) -> Usual:
         past = self.gate["history"][-self.rules["window"] :]
-        return (float(np.mean(past)), float(np.std(past))) if len(past) >= 2 else None
+        return (float(np.mean(past)), float(np.std(past))) if past else None
 
 
 @mutant("window-one-short", "scores when the window lacks one observation", "GAT-04")
@@ -409,6 +415,13 @@ class EmaFromTheFirstValue(InPlace):
 class EmaWithoutAFloor(Functional):
     def ema(self) -> Usual:
         return (self.gate["mean"], math.sqrt(self.gate["var"])) if self.gate["seen"] >= 2 else None
+
+
+@mutant("ema-floor-of-a-tenth", "puts a floor of 0.1 under the ema's deviation", "GAT-19")
+class EmaFloorOfATenth(InPlace):
+    def ema(self) -> Usual:
+        found = super().ema()
+        return found and (found[0], max(found[1], 0.1))
 
 
 @mutant("ema-is-the-window", "uses the window whatever baseline is asked for", "GAT-18", "GAT-19", "GAT-23")

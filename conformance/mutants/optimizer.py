@@ -125,7 +125,7 @@ class StepCountLeaks(Functional):
         return {"m": zeros, "v": zeros, **s, "n": s2["n"]}
 
 
-@mutant("state-reset-each-step", "starts every step with a fresh optimizer", "OPT-04", "OPT-05", "OPT-06", "CKP-04")
+@mutant("state-reset-each-step", "starts every step with a fresh optimizer", "OPT-02", "OPT-06")
 class StateResetEachStep(Functional):
     def step(self, grad: Gradient) -> None:
         self.state = {}

@@ -135,15 +135,18 @@ class MoveFromTheta1(InPlace):
         return super().move([theta[1], theta[1], theta[2]], q)
 
 
-@mutant("move-by-gradients", "rebuilds the move from gradients and the learning rate", "MOV-04")
+@mutant(
+    "move-by-gradients", "rebuilds the move from gradients, learning rate and weight decay, without momentum", "MOV-04"
+)
 class MoveByGradients(Functional):
     def scales(self, theta: list[Arrays], g: list[Arrays]) -> Arrays:
         self.seen = g
         return super().scales(theta, g)
 
     def move(self, theta: list[Arrays], q: Arrays) -> Arrays:
-        lr = self.kind(self.config["optimizer"]["lr"])
-        theta2 = {k: t - lr * (self.seen[0][k] + self.seen[1][k]) for k, t in theta[0].items()}
+        o, (g0, g1) = self.config["optimizer"], self.seen
+        lr, decay = self.kind(o["lr"]), self.kind(o["weight_decay"])
+        theta2 = {k: t - lr * (g0[k] + g1[k] + decay * (t + theta[1][k])) for k, t in theta[0].items()}
         return super().move([theta[0], theta[1], theta2], q)
 
 
