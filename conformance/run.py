@@ -54,9 +54,10 @@ class Verdict:
         return [r for dtypes in self.results.values() for r in dtypes.values()]
 
     def of(self, clause: str) -> str:
-        """The clause as a whole: the worst of its dtypes; "not run" where no dtype could show it."""
+        """The clause as a whole: the worst of its dtypes; "not run" where it was left out or no dtype could show it."""
         found = {r.verdict for r in self.results.get(clause, {}).values()}
-        return next((v for v in VERDICTS if v in found), NOT_RUN)
+        nothing = NOT_RUN if applies(clauses()[clause], self.capabilities) else UNDECLARED
+        return next((v for v in VERDICTS if v in found), nothing)
 
     def count(self, level: str, *verdicts: str) -> int:
         return sum(c.level == level and self.of(c.id) in verdicts for c in clauses().values())
@@ -90,7 +91,7 @@ class Verdict:
 
     @property
     def declared(self) -> int:
-        """Options that bind this port; with --only, of those looked at."""
+        """Options that bind this port."""
         return self.count("OPTION", PASS, FAIL, ERROR, KNOWN, BLOCKED, NOT_RUN)
 
     @property
@@ -159,12 +160,12 @@ class Trial:
         """One clause in one dtype."""
         if not applies(clause, bench.capabilities):
             return Result(clause, bench.dtype, UNDECLARED, "needs " + ", ".join(clause.needs))
+        if len(self.timed_out) >= MOST_TIME_OUTS:
+            return Result(clause, bench.dtype, BLOCKED, f"the port ran out of time in {', '.join(self.timed_out)}")
         for lean in CHECKS[clause.id].leans:
             found = self.verdict.results[lean].get(bench.dtype)
             if found is not None and found.verdict in (FAIL, KNOWN, BLOCKED):
                 return Result(clause, bench.dtype, BLOCKED, f"leans on {lean}, which did not pass")
-        if len(self.timed_out) >= MOST_TIME_OUTS:
-            return Result(clause, bench.dtype, BLOCKED, f"the port ran out of time in {', '.join(self.timed_out)}")
         began = time.perf_counter()
         failure, known = attempt(clause.id, bench), self.known.get(clause.id)
         seconds = time.perf_counter() - began
