@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from gxpo_conformance.protocol import DTYPES, AdapterError, Port
 from gxpo_conformance.reports.badge import badge
 from gxpo_conformance.reports.html import html, matrix_page
 from gxpo_conformance.reports.junit import junit
-from gxpo_conformance.reports.record import Record, records
+from gxpo_conformance.reports.record import Record, legible, records
 from gxpo_conformance.reports.terminal import Terminal, summary
 from gxpo_conformance.run import Trial, run
 
@@ -254,8 +256,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return function(given)
     except (AdapterError, CaseError) as error:
-        print(f"gxpo-conformance: {error}", file=sys.stderr)
-        return 2
+        print(f"gxpo-conformance: {legible(str(error))}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:  # the suite's own fault; 1 would say that the port failed
+        traceback.print_exc()
+    return 2
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import time
 from importlib import resources
 from typing import Any
@@ -67,7 +68,7 @@ def alike(one: Finding, other: Finding) -> bool:
         return False
     if one.got is None or other.got is None or one.budgets is None or other.budgets is None:
         return (one.got, one.text) == (other.got, other.text)
-    if one.got == other.got:
+    if one.got == other.got or (math.isnan(one.got) and math.isnan(other.got)):
         return True
     unit = abs(other.got - other.wanted) / other.budgets  # one rounding budget
     return abs(one.got - other.got) <= 2 * ALLOWED * unit

@@ -287,7 +287,8 @@ class Oracle:
             if outcome != "skipped":
                 trace.points["theta'"], trace.states["s'"] = theta, s
             # The trace is the caller's from here on, so what the next step starts from is a copy.
-            self.params, self.state, self.gate, self.steps = per_tensor(np.copy, theta), copy.deepcopy(s), gate, self.steps + 1
+            self.params, self.state = per_tensor(np.copy, theta), copy.deepcopy(s)
+            self.gate, self.steps = gate, self.steps + 1
             return trace
 
         if (c0_g0 := ask(theta0)) is None:

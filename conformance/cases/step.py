@@ -266,9 +266,9 @@ def momentum_and_weight_decay_are_torchs(bench: Bench) -> None:
     run.step([{"w": G0}] * 3, judge="update")
 
 
-@check("OPT-03", leans=("INV-01",))
+@check("OPT-03")
 def adamw_is_torchs(bench: Bench) -> None:
-    # The bias correction shows in a second update: at K = 2 and alpha = 1 theta~ is theta2, INV-01 says so.
+    # The bias correction shows in a second update: at K = 2 and alpha = 1 theta~ is theta2 (INV-01).
     adamw = {"name": "adamw", "lr": 0.0625, "betas": [0.5, 0.75], "eps": 2.0**-10, "weight_decay": 0.125}
     small = np.array([2.0**-10, -(2.0**-12), 2.0**-8, 1.0])  # where eps shows
     for theta, g0 in ((THETA, G0), (np.zeros(4), small)):

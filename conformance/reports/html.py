@@ -14,13 +14,11 @@ import jinja2
 from gxpo_conformance.budget import ALLOWED
 from gxpo_conformance.checks import CHECKS, GROUPS, SPEC_VERSION, clauses
 from gxpo_conformance.protocol import DTYPES
-from gxpo_conformance.reports.junit import legible
 from gxpo_conformance.reports.record import Record
 from gxpo_conformance.run import BLOCKED, ERROR, FAIL, KNOWN, NOT_RUN, PASS, UNDECLARED, VERDICTS
 
 OPEN = 12  # failures shown unfolded; what one mistake does to forty clauses need not be read forty times
 MOST_CASE = 100_000  # characters of one failing run as JSON; a longer one is left to the command that writes it
-MOST_NAME = 120
 ABSENT = "absent"  # a cell that this dtype cannot fill
 
 # A sign for those who cannot tell the colours apart, and what the word means.
@@ -38,7 +36,7 @@ LEGEND = {
 
 def html(records: list[Record], matrix: dict[str, Any]) -> str:
     """The page of one run. `matrix`: of the suite's own mutants, as selftest makes it; empty for none."""
-    head, *results, foot = [fit(r) for r in records]
+    head, *results, foot = records
     rows = by_clause(results, head["dtypes"])
     title = f"{head['port']}: {foot['words'].split(':')[0]}"
     return page(title=title, run=about_run(head, rows, foot), matrix=about_matrix(matrix) if matrix else None)
@@ -66,24 +64,6 @@ def page(**context: Any) -> str:
         spec=SPEC_VERSION, legend=LEGEND, groups=GROUPS, allowed=ALLOWED, mutants=mutants, **context
     )
     return text.strip() + "\n"
-
-
-def fit(record: Record) -> Record:
-    """The record with every text in it legible and not too long; the case, which is the suite's own, as JSON."""
-
-    def walk(value: Any) -> Any:
-        if isinstance(value, str):
-            return legible(value)
-        if isinstance(value, dict):
-            return {k: walk(v) for k, v in value.items()}
-        return [walk(v) for v in value] if isinstance(value, list | tuple) else value
-
-    made = {k: walk(v) for k, v in record.items() if k != "case"}
-    if "port" in made:
-        made["port"] = legible(record["port"], MOST_NAME)
-    if record.get("case"):
-        made["case"] = case_text(record["case"])
-    return made
 
 
 NUMBERS = re.compile(r"\[[^\[\]{}]*\]")  # an array that holds no other
@@ -138,12 +118,13 @@ def told(r: Record) -> Record:
         where = where.partition(" differs: ")[0].rstrip(",")
     got, wanted = aligned(finding.get("got"), finding.get("wanted"))
     return {
-        **dict.fromkeys(("known", "nearest", "rerun", "case")),
+        **dict.fromkeys(("known", "nearest", "rerun")),
         **r,
         "where": where,
         "place": f"{tensor}[{', '.join(map(str, at))}]" if at else tensor or "",
         "got": got,
         "wanted": wanted,
+        "case": case_text(r["case"]) if r.get("case") else None,
         "off": off_by(finding),
     }
 
@@ -234,16 +215,17 @@ def idle(rows: list[Row]) -> list[tuple[str, str, list[str]]]:
 
 def about_matrix(matrix: dict[str, Any]) -> dict[str, Any]:
     """What the page says of the mutants."""
-    mutants = [fit(m) for m in matrix["mutants"]]
+    order = list(clauses())
+    mutants = [dict(m) for m in sorted(matrix["mutants"], key=lambda m: min(map(order.index, m["clauses"])))]
     for m in mutants:
-        m["all"] = [c for c in clauses() if any(c in some for some in m["kills"].values())]
-        m["cells"] = {c: cell(c, m) for c in clauses()}
+        m["all"] = [c for c in order if any(c in some for some in m["kills"].values())]
+        m["cells"] = {c: cell(c, m) for c in order}
     return {
         "mutants": mutants,
         "dtypes": [d for d in DTYPES if any(d in m["kills"] for m in mutants)],
         "killed": sum(bool(m["all"]) for m in mutants),
         "styles": {s: sum(m["style"] == s for m in mutants) for s in dict.fromkeys(m["style"] for m in mutants)},
-        "problems": [legible(p) for p in matrix["problems"]] if "problems" in matrix else None,
+        "problems": matrix.get("problems", []),  # the published one has none
         "suite": matrix.get("suite"),
         "rules": {c.id: c.rule for c in clauses().values()},
         "clauses": {c: sum(c in m["all"] for m in mutants) for c in clauses()},

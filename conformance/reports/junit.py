@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from xml.etree import ElementTree as ET
 
-from gxpo_conformance.reports.record import Record
+from gxpo_conformance.reports.record import Record, on_a_line
 from gxpo_conformance.run import BLOCKED, ERROR, FAIL, KNOWN, NOT_RUN, UNDECLARED
 
 SKIPPED = (KNOWN, BLOCKED, UNDECLARED, NOT_RUN)
-MOST = 4000  # characters of one text; a port may say a megabyte, and three dtypes say it again
-MOST_ON_A_LINE = 300
-
-# All but what XML 1.0 allows: control characters, lone surrogates. Of what it allows, also the C1 controls, and the
-# marks that turn the direction of writing, by which a text can be made to look like another.
-UNFIT = re.compile("[^\t\n -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-
-
-def legible(text: str, most: int = MOST) -> str:
-    """`text` with a mark for every character unfit for XML, its middle left out where it is longer than `most`."""
-    if len(text) > most:
-        head, tail = text[: 3 * most // 4], text[-(most // 4) :]
-        text = f"{head}\n[... {len(text) - len(head) - len(tail):,} characters left out ...]\n{tail}"
-    return UNFIT.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
-
-
-def on_a_line(text: str) -> str:
-    return " ".join(legible(text, MOST_ON_A_LINE).split())
 
 
 def junit(records: list[Record]) -> str:
@@ -65,7 +46,7 @@ def suite(dtype: str | None, results: list[Record], head: Record, foot: Record) 
 
 
 def test_case(r: Record) -> ET.Element:
-    name, where = f"{r['clause']} {r['rule']}", f"GXPO.{r['clause'][:3]}"
+    name, where = f"{r['clause']} {r['rule']}", f"GXPO.{r['dtype'] or 'no dtype'}.{r['clause'][:3]}"
     made = ET.Element("testcase", classname=where, name=name, time=f"{r.get('seconds', 0.0):.4f}")
     if r["verdict"] in (FAIL, ERROR):
         tag = "failure" if r["verdict"] == FAIL else "error"
@@ -89,9 +70,9 @@ def reason(r: Record) -> str:
 
 def full_text(r: Record) -> str:
     """What was found, the known mistake that it looks like, the command that runs it again."""
-    lines = [legible(r["message"])]
+    lines = [r["message"]]
     if "nearest" in r:
-        lines.append(legible(f"matches a known mistake: {r['nearest']['does']} ({r['nearest']['id']})"))
+        lines.append(f"matches a known mistake: {r['nearest']['does']} ({r['nearest']['id']})")
     if "rerun" in r:
-        lines.append(legible(r["rerun"]))
+        lines.append(r["rerun"])
     return "\n".join(lines)

@@ -10,6 +10,7 @@ import dataclasses
 import datetime
 import hashlib
 import platform
+import re
 from importlib import metadata, resources
 from typing import Any
 
@@ -23,6 +24,35 @@ from gxpo_conformance.wire import number
 FORMAT = 1  # of these records; a field may be added, none changes its meaning
 
 Record = dict[str, Any]
+
+MOST = 4000  # characters of one text; a port may say a megabyte, and three dtypes say it again
+MOST_ON_A_LINE = 300
+MOST_NAME = 120
+
+# All but what XML 1.0 allows: control characters, lone surrogates. Of what it allows, also the C1 controls, and the
+# marks that turn the direction of writing, by which a text can be made to look like another.
+UNFIT = re.compile("[^\t\n -~\xa0-\u2029\u202f-\u2065\u206a-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def legible(text: str, most: int = MOST) -> str:
+    """`text` with a mark for every character unfit for a report, its middle left out where it is longer than `most`."""
+    if len(text) > most:
+        head, tail = text[: 3 * most // 4], text[-(most // 4) :]
+        text = f"{head}\n[... {len(text) - len(head) - len(tail):,} characters left out ...]\n{tail}"
+    return UNFIT.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
+
+
+def on_a_line(text: str, most: int = MOST_ON_A_LINE) -> str:
+    return " ".join(legible(text, most).split())
+
+
+def fit(value: Any) -> Any:
+    """A record with every text in it legible: here, once, so that no report has to think of what a port may say."""
+    if isinstance(value, str):
+        return legible(value)
+    if isinstance(value, dict):
+        return {k: fit(v) for k, v in value.items()}
+    return [fit(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def versions() -> dict[str, str]:
@@ -51,7 +81,7 @@ def records(verdict: Verdict, command: str, seconds: float, nearest: Nearest | N
         if results == {}:  # looked at, and none of the dtypes can show it
             made.append({**about(clause.id), "dtype": None, "verdict": NOT_RUN, "message": "no dtype of this run"})
         made += [result(r, verdict, command, nearest) for r in (results or {}).values()]
-    return [*made, footer(verdict, made[1:], seconds)]
+    return [fit(r) for r in (*made, footer(verdict, made[1:], seconds))]
 
 
 def header(verdict: Verdict, command: str) -> Record:
@@ -61,7 +91,7 @@ def header(verdict: Verdict, command: str) -> Record:
         "versions": versions(),
         "vectors_sha256": vectors_sha256(),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "port": verdict.port,
+        "port": on_a_line(verdict.port, MOST_NAME),
         "device": verdict.device,
         "dtypes": verdict.dtypes,
         "capabilities": verdict.capabilities,
