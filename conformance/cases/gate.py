@@ -12,7 +12,7 @@ import numpy as np
 
 from gxpo_conformance.bench import Bench, CaseError, Run, Script
 from gxpo_conformance.checks import check
-from gxpo_conformance.protocol import config
+from gxpo_conformance.protocol import config, declares
 from gxpo_reference.oracle import Trace
 
 CALM = (1.0, 1.25, 0.75, 1.0)
@@ -142,6 +142,8 @@ def cooldown_keeps_the_baseline(bench: Bench) -> None:
 @check("GAT-17", coarse=True)
 def budget_of_active_steps(bench: Bench) -> None:
     play(bench, [1.0] * 8, single=[3, 4, 5, 6, 7], max_active_steps=3)
+    if declares(bench.capabilities, "gate_statistics:never"):  # it counts steps, not observations
+        play(bench, [1.0] * 5, single=[3, 4], max_active_steps=3, statistic="never")
 
 
 @check("GAT-18", coarse=True)
@@ -149,6 +151,7 @@ def ema_scores_from_before_the_update(bench: Bench) -> None:
     # From (1, 1): 8 would score 7 at once, but the first two are not scored. Then mu, sigma are 6.25, 4.32 (omega 0.5).
     ema = {"baseline": "ema", "omega": 0.5, "threshold": 2.0}
     play(bench, [8.0, 8.0, 8.0, 8.0, 8.0], **ema)
+    play(bench, [1.0, 64.0, 1.0, 1.0], **ema)  # nor is the second, 63 off
     play(bench, [8.0, 8.0, 16.0, 8.0], single=[3], **ema)  # z = 2.26; from an updated mu, sigma never above 0.71
     play(bench, [8.0, 8.0, 14.0, 8.0], **ema)  # z = 1.79
     # The variance takes (h - old mu)^2: after 14, mu is 10.125, sigma 6.27, and 22 scores 1.89; with the new mu 2.4.
@@ -178,6 +181,7 @@ def disagreement_is_watched(bench: Bench) -> None:
     play(bench, [*calm, turned(0.0, 1.0), 1.0], single=[5], statistic="disagreement")
     play(bench, [*calm, turned(-1.0, 0.0), 1.0], statistic="disagreement")  # opposite agrees, by the absolute value
     play(bench, [*calm, turned(300.0, 400.0), 1.0], statistic="disagreement")
+    play(bench, [*calm, turned(0.0, 0.0), 1.0], single=[5], statistic="disagreement")  # agrees with nothing: 1
 
 
 @check("GAT-22", coarse=True)

@@ -164,7 +164,7 @@ def scale_near_minus_one(bench: Bench) -> None:
     # Plain SGD hides q here, for theta2 - theta0 vanishes with 1 + r. Momentum 0.5 leaves half a step.
     for horizon in (4, 5, 10):
         ratios([-1.0, -1.0, -1.0], horizon, bench, exact_ratio=True, optimizer=MOMENTUM)
-        ratios([-1.0 + 2.0**-6, -1.0 - 2.0**-6, -0.875], horizon, bench, optimizer=MOMENTUM)
+        ratios([-1.0 + 2.0**-6, -1.0 - 2.0**-6, -0.875, -1.0 + 2.0**-8], horizon, bench, optimizer=MOMENTUM)
 
 
 @check("EXT-06", coarse=True)

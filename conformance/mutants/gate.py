@@ -175,6 +175,12 @@ class DisagreementSigned(Functional):
         return 1 - self.cosine(g[0], g[2], norms[0] * norms[2])
 
 
+@mutant("zero-agrees", "takes the cosine with a zero gradient for 1", "GAT-21")
+class ZeroAgrees(InPlace):
+    def cosine(self, a: Arrays, b: Arrays, sizes: float) -> float:
+        return super().cosine(a, b, sizes) if sizes else 1.0
+
+
 @mutant("agreement", "watches |cos| in place of 1 - |cos|", "GAT-21")
 class Agreement(InPlace):
     def cosine(self, a: Arrays, b: Arrays, sizes: float) -> float:
@@ -350,6 +356,13 @@ class BudgetOneMore(InPlace):
         return most is not None and self.gate["active"] > most
 
 
+@mutant("budget-counts-observations", "counts observations towards the budget, not active steps", "GAT-17")
+class BudgetCountsObservations(Functional):
+    def spent(self) -> bool:
+        most = self.rules["max_active_steps"]
+        return most is not None and self.gate["seen"] >= most
+
+
 @mutant("budget-counts-every-step", "counts single passes towards the budget", "GAT-25")
 class BudgetCountsEveryStep(Functional):
     def spent(self) -> bool:
@@ -372,6 +385,12 @@ class BudgetReopens(InPlace):
 class EmaColdStart(Functional):
     def ema(self) -> Usual:
         return self.gate["mean"], max(math.sqrt(self.gate["var"]), 0.01)
+
+
+@mutant("ema-scores-the-second", "leaves only the first observation unscored under ema", "GAT-18")
+class EmaScoresTheSecond(InPlace):
+    def ema(self) -> Usual:
+        return (self.gate["mean"], max(math.sqrt(self.gate["var"]), 0.01)) if self.gate["seen"] else None
 
 
 @mutant("ema-updated-first", "updates the ema before it scores", "GAT-18")

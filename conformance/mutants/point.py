@@ -82,6 +82,12 @@ class PoleAtTheCap(Functional):
         return np.where((K % 2 == 1) & (np.abs(1 + r) <= 1e-8), self.kind(K / 2 + 1), super().scale(r, K))
 
 
+@mutant("pole-too-wide", "takes q = 1 wherever r is below -0.99, where K is odd", "EXT-05")
+class PoleTooWide(Functional):
+    def scale(self, r: np.ndarray, K: int) -> np.ndarray:
+        return np.where((K % 2 == 1) & (r < -0.99), self.kind(1), super().scale(r, K))
+
+
 @mutant("negative-ratios-neutral", "takes q = 1 for every r below -0.9, even K too", "EXT-05")
 class NegativeRatiosNeutral(InPlace):
     def scale(self, r: np.ndarray, K: int) -> np.ndarray:
