@@ -7,14 +7,15 @@ ended, with all that it started, and the next session starts it anew.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import json
 import os
-import queue
+import selectors
 import shlex
 import signal
 import subprocess
-import threading
+import time
 import weakref
 from typing import IO, Any
 
@@ -109,8 +110,7 @@ class StdioPort:
         """Say goodbye and let the process go."""
         if self.process is not None:
             with contextlib.suppress(PortError):
-                self.process.say({"op": "bye"})
-                self.process.wait(2.0)
+                self.process.leave()
         self.end()
 
     def __enter__(self) -> StdioPort:
@@ -175,7 +175,11 @@ def leave(port: weakref.ref, number: int, process: weakref.ref) -> None:
 
 
 class Process:
-    """The process and its three pipes."""
+    """The process and its three pipes, none of which ever blocks: writing, too, ends with the time limit.
+
+    One thread, so that nothing is left behind when a grandchild keeps a pipe open. Needs pipes that can be polled, as
+    on Linux and macOS.
+    """
 
     def __init__(self, command: str, time_limit: float) -> None:
         self.time_limit = time_limit
@@ -185,61 +189,86 @@ class Process:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
+                bufsize=0,
                 start_new_session=True,  # so that what it starts ends with it
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, IndexError) as error:
             raise PortError(f"cannot start {command!r}: {error}") from error
-        self.lines: queue.Queue[bytes | None] = queue.Queue(maxsize=4)  # a port that floods it is made to wait
-        self.words, self.ending = b"", threading.Event()
-        self.threads = [
-            threading.Thread(target=target, args=(pipe,), daemon=True)
-            for target, pipe in ((self.read_lines, self.popen.stdout), (self.read_words, self.popen.stderr))
-        ]
-        for thread in self.threads:
-            thread.start()
         atexit.register(self.kill)
+        self.selector = selectors.DefaultSelector()
+        for pipe, react in ((self.popen.stdout, self.read_line), (self.popen.stderr, self.read_words)):
+            os.set_blocking(pipe.fileno(), False)
+            self.selector.register(pipe, selectors.EVENT_READ, react)
+        os.set_blocking(self.popen.stdin.fileno(), False)
+        self.outgoing, self.words = b"", b""
+        self.lines: collections.deque[bytes] = collections.deque()
+        self.pending: list[bytes] = []  # of a line that has not ended
+        self.held = 0  # bytes of it
 
-    def read_lines(self, pipe: IO[bytes]) -> None:
-        pending = b""
-        while chunk := os.read(pipe.fileno(), 2**16):
-            *whole, pending = (pending + chunk).split(b"\n") if b"\n" in chunk else (pending + chunk,)
-            for line in whole:
-                self.put(line)
-            if len(pending) > LONGEST_LINE:
-                self.put(pending)  # told from its length; the rest of it is not read
-                return
-        self.put(None)
+    # -- the pipes
 
-    def put(self, line: bytes | None) -> None:
-        while not self.ending.is_set():
-            with contextlib.suppress(queue.Full):
-                self.lines.put(line, timeout=0.2)
-                return
+    def pump(self, seconds: float) -> bool:
+        """Wait for one of the pipes and serve it; False where none was ready in time."""
+        events = self.selector.select(max(0.0, seconds))
+        for key, _ in events:
+            key.data(key.fileobj)
+        return bool(events)
+
+    def listening(self, pipe: IO[bytes]) -> bool:
+        return pipe in self.selector.get_map()
+
+    def write(self, pipe: IO[bytes]) -> None:
+        with contextlib.suppress(BlockingIOError):
+            try:
+                self.outgoing = self.outgoing[os.write(pipe.fileno(), self.outgoing) :]
+            except OSError:  # it has died: hear() says how
+                self.outgoing = b""
+        if not self.outgoing:
+            self.selector.unregister(pipe)
+
+    def read(self, pipe: IO[bytes]) -> bytes:
+        chunk = os.read(pipe.fileno(), 2**16)
+        if not chunk:
+            self.selector.unregister(pipe)
+        return chunk
+
+    def read_line(self, pipe: IO[bytes]) -> None:
+        *whole, rest = self.read(pipe).split(b"\n")
+        for line in whole:
+            self.lines.append(b"".join((*self.pending, line)))
+            self.pending, self.held = [], 0
+        self.pending.append(rest)
+        self.held += len(rest)
+        if self.held > LONGEST_LINE:  # told from its length; the rest of it is not read
+            self.lines.append(b"".join(self.pending))
+            self.selector.unregister(pipe)
 
     def read_words(self, pipe: IO[bytes]) -> None:
-        while chunk := os.read(pipe.fileno(), 2**16):
-            self.words = (self.words + chunk)[-LAST_WORDS:]
+        self.words = (self.words + self.read(pipe))[-LAST_WORDS:]
+
+    # -- the conversation
 
     def say(self, message: Message) -> None:
-        if not self.lines.empty() and (line := self.lines.get_nowait()) is not None:
-            raise PortError(
-                f"the port spoke out of turn: {shortened(line.decode(errors='replace'))}{self.last_words()}"
-            )
-        try:
-            self.popen.stdin.write(dumps(message).encode() + b"\n")
-            self.popen.stdin.flush()
-        except OSError:  # it has died: hear() says how
-            pass
+        self.pump(0)
+        if self.lines:
+            words = shortened(self.lines[0].decode(errors="replace"))
+            raise PortError(f"the port spoke out of turn: {words}{self.last_words()}")
+        if not self.outgoing and self.popen.stdin not in self.selector.get_map():
+            self.selector.register(self.popen.stdin, selectors.EVENT_WRITE, self.write)
+        self.outgoing += dumps(message).encode() + b"\n"
 
     def hear(self, message: Message) -> Message:
         """The answer to `message`. PortError where it does not come or is not one JSON object."""
-        try:
-            line = self.lines.get(timeout=self.time_limit)
-        except queue.Empty:
-            text = f"the port did not answer {about(message)} within {self.time_limit:g} s"
-            raise PortError(text + self.last_words()) from None
-        if line is None:
+        end = time.monotonic() + self.time_limit
+        while not self.lines and self.listening(self.popen.stdout):
+            left = end - time.monotonic()
+            if left <= 0:
+                text = f"the port did not answer {about(message)} within {self.time_limit:g} s"
+                raise PortError(text + self.last_words())
+            self.pump(left)
+        if not self.lines:
             raise PortError(f"the port {self.fate()} in place of an answer to {about(message)}{self.last_words()}")
+        line = self.lines.popleft()
         if len(line) > LONGEST_LINE:
             raise PortError(f"the port answered {about(message)} with a line of more than {LONGEST_LINE >> 20} MiB")
         try:
@@ -267,27 +296,29 @@ class Process:
 
     def last_words(self) -> str:
         """What it said last on standard error, as the end of a message."""
-        if self.popen.poll() is not None:
-            self.threads[1].join(timeout=1.0)  # all that it said is on its way
+        end = time.monotonic() + 0.5  # a port that goes on talking, or a grandchild, is not waited for
+        while self.listening(self.popen.stderr) and time.monotonic() < end and self.pump(0.05):
+            pass
         words = self.words.decode(errors="replace").strip()
         return f"; its last words: {words}" if words else "; it said nothing on standard error"
 
-    def wait(self, seconds: float) -> None:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.popen.wait(timeout=seconds)
+    def leave(self) -> None:
+        """Say goodbye, and give it two seconds to go."""
+        self.say({"op": "bye"})
+        end = time.monotonic() + 2.0
+        while self.popen.poll() is None and time.monotonic() < end:  # its pipes may outlive it, in a child's hands
+            self.pump(0.02)
 
     def kill(self) -> None:
         """End it and all that it started."""
         atexit.unregister(self.kill)
-        self.ending.set()
         with contextlib.suppress(ProcessLookupError, PermissionError):
             if hasattr(os, "killpg"):
                 os.killpg(self.popen.pid, signal.SIGKILL)
             else:
                 self.popen.kill()
         self.popen.wait()
-        for thread in self.threads:
-            thread.join(timeout=2.0)
+        self.selector.close()
         for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
             with contextlib.suppress(OSError):
                 pipe.close()

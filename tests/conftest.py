@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
+torch.set_num_threads(1)  # tensors are tiny here; on a busy machine a second thread makes seconds minutes
+
 # No deadlines (machines differ), no stored examples between runs; a failure prints its seed and a way to run it again.
 settings.register_profile(
     "gxpo",
