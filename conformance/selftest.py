@@ -46,8 +46,7 @@ def judged(who: str, dtype: str) -> dict[str, Any]:
 
 def every_judgement(jobs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """In the order of `jobs`, on every core."""
-    fork = "fork" if "fork" in multiprocessing.get_all_start_methods() else None  # the oracle's own runs are shared
-    context = multiprocessing.get_context(fork)
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
         yield from pool.map(judged, *zip(*jobs, strict=True))
 
@@ -55,8 +54,6 @@ def every_judgement(jobs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
 def selftest() -> Matrix:
     """Runs it all, prints a line a mutant, and returns the matrix with what is wrong ("problems")."""
     began = time.perf_counter()
-    for dtype in DTYPES:
-        judged("0", dtype)  # warms what every process needs
     right = [str(n) for n in range(len(correct()))]
     jobs = [(who, dtype) for who in (*right, *MUTANTS) for dtype in DTYPES]
     problems: list[str] = []
