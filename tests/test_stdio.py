@@ -97,6 +97,26 @@ MISBEHAVIOUR = {  # what it does -> (code, what the finding says)
         'def on_step(m): words("out of cheese"); os.write(1, b"\\xff\\xfe\\n")',
         "not a JSON object",
     ),
+    "writes NaN without quotes": (
+        'def on_params(m): words("out of cheese"); say(\'{"params": {"w": {"shape": [1], "data": [NaN]}}}\')',
+        'NaN is not JSON, "NaN" in quotes stands for it',
+    ),
+    "writes more than a double holds": (
+        'def on_params(m): words("out of cheese"); say(\'{"params": {"w": {"shape": [1], "data": [1e999]}}}\')',
+        "'1e999' is more than a double holds",
+    ),
+    "writes an endless integer": (
+        'def on_params(m): words("out of cheese"); say("9" * 10**6)',
+        """not a JSON object: '9999""",
+    ),
+    "ends in the middle of a line": (
+        'def on_step(m): words("out of cheese"); os.write(1, b\'{"ask\'); os._exit(3)',
+        """ended with exit status 3 in place of an answer to "step", in the middle of a line: '{"ask'""",
+    ),
+    "closes its input": (
+        'def on_step(m):\n words("out of cheese")\n os.close(0)\n say({"ask": params[1]})\n time.sleep(60)',
+        'did not answer "loss" within 0.7 s, having closed its standard input',
+    ),
     "nests deeply": ('def on_step(m): words("out of cheese"); say("[" * 200000)', "not a JSON object: '[[["),
     "answers what was not asked": (
         'def on_step(m): words("out of cheese"); say({"ok": 1})',
@@ -137,6 +157,7 @@ def test_a_port_that_misbehaves_is_a_finding_with_its_last_words(what: str, fake
     if what != "refuses":  # it lives, and said why
         assert "its last words: out of cheese" in found.message
     assert found.finding.crash or what == "refuses"
+    assert "Error(" not in found.message  # of the suite's own
 
 
 def test_wrong_shapes_and_dtypes_over_the_wire_are_findings(fake: Any) -> None:
@@ -171,8 +192,61 @@ def test_a_port_that_never_reads_cannot_block_the_suite(fake: Any) -> None:
         port.start({"w": np.zeros(200_000)}, config())
 
 
+def test_a_port_that_answers_unread_requests_is_told(fake: Any) -> None:
+    """It would be judged by answers to questions that it has not seen."""
+    code = 'def on_hello(m):\n say({"name": "x", "capabilities": CAPABILITIES})\n say({"ok": True})\n time.sleep(60)'
+    port = load("", fake(code), 5.0)
+    with port, pytest.raises(PortError, match="spoke out of turn|before it had read all of it"):
+        port.start({"w": np.zeros(200_000)}, config())
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        ("NaN", "True", "NaN is not JSON"),  # could not be sent back
+        ("1", "False", 'answered "load" with an "ok" that is not true'),
+    ],
+)
+def test_a_checkpoint_that_is_not_one_is_told(saved: str, loaded: str, message: str, fake: Any) -> None:
+    """A run that is resumed would go on from something else, and nobody would have been told."""
+    code = f'def on_save(m): say(\'{{"saved": {saved}}}\')\ndef on_load(m): say({{"ok": {loaded}}})'
+    with load("", fake(code), 5.0) as port:
+        session = port.start({"w": np.zeros(1)}, config())
+        with pytest.raises(PortError, match=message):
+            session.load(session.save())
+        assert port.process is None
+
+
+def test_a_checkpoint_of_any_depth_is_taken_or_told(fake: Any) -> None:
+    """Where reading and writing JSON give up at different depths, a stack trace of the suite would come out."""
+    code = """\
+        def on_save(m): say('{"saved": ' + "[" * m["session"] + "]" * m["session"] + "}")
+        def on_load(m): say({"ok": True})
+        """
+    with load("", fake(code), 5.0) as port:
+        for depth in range(sys.getrecursionlimit() - 110, sys.getrecursionlimit() - 20):
+            port.sessions = depth - 1
+            session = port.start({"w": np.zeros(1)}, config())
+            with contextlib.suppress(PortError):
+                session.load(session.save())
+
+
+def test_a_step_that_is_interrupted_ends_the_process(fake: Any) -> None:
+    """After Ctrl-C the port still waits for its gradient, and would take the next request for one."""
+    with load("", fake(), 5.0) as port:
+
+        def grad(params: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            port.start({"w": np.zeros(1)}, config()).step(grad)
+        assert port.process is None
+        port.start({"w": np.zeros(1)}, config()).params()
+
+
 def test_a_grandchild_that_holds_the_pipes_does_not_hold_the_suite(fake: Any) -> None:
-    """A port that starts a server and dies: the pipes stay open, in a session of their own."""
+    """A port that starts a server and dies: the pipes stay open, in a session of their own. Taken for a port that hangs
+    it would cost the time limit each time, and the third would block the rest of the run."""
     code = """\
         import subprocess
         def on_step(m):
@@ -180,8 +254,9 @@ def test_a_grandchild_that_holds_the_pipes_does_not_hold_the_suite(fake: Any) ->
             words("out of cheese")
             os._exit(7)
         """
-    found = judged(fake(code), time_limit=1.0).results["OPT-01"]["float64"].message
-    assert "out of cheese" in found
+    found = judged(fake(code), time_limit=5.0).results["OPT-01"]["float64"]
+    assert 'ended with exit status 7 in place of an answer to "step"; its last words: out of cheese' in found.message
+    assert not found.finding.timed_out
 
 
 def test_what_a_port_started_ends_with_it(fake: Any, tmp_path: Path) -> None:
@@ -245,7 +320,7 @@ def test_nothing_is_left_behind(fake: Any) -> None:
 
     port = load("", command, 5.0)
     before = open_files(), threading.active_count()
-    for _ in range(20):
+    for _ in range(50):
         with pytest.raises(PortError):
             port.start({"w": np.zeros(1)}, config()).step(lambda params: (0.0, params))
     port.start({"w": np.zeros(1)}, config())
@@ -272,6 +347,59 @@ def test_what_the_loss_raises_comes_out(fake: Any) -> None:
         with pytest.raises(MemoryError) as raised:
             port.start({"w": np.zeros(1)}, config()).step(grad)
         assert raised.value is error
+
+
+def test_another_failure_in_place_of_the_losss_is_told(fake: Any) -> None:
+    """A port that loses the loss's exception would pass ATM-01 for having had some exception."""
+    code = """\
+        def on_step(m):
+            say({"ask": params[m["session"]]})
+            sys.stdin.readline()
+            say({"raised": "gone wrong"})
+        """
+
+    def grad(params: Any) -> Any:
+        raise MemoryError("out of it")
+
+    with load("", fake(code), 5.0) as port, pytest.raises(RuntimeError, match="^gone wrong$"):
+        port.start({"w": np.zeros(1)}, config()).step(grad)
+
+
+def test_what_a_port_raises_itself_comes_out(fake: Any) -> None:
+    """Its author reads it in the report."""
+    for key in ("raised", "error"):
+        found = judged(fake(f'def on_step(m): say({{"{key}": "no such kernel"}})')).results["OPT-01"]["float64"].message
+        assert "the port's step raised RuntimeError('no such kernel')" in found
+
+
+def test_a_name_that_cannot_be_printed_is_printed(fake: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a character in a port's name would end the command with a stack trace of the suite."""
+    code = "def on_hello(m): say({'name': 'half \\ud800', 'capabilities': CAPABILITIES})"
+    assert cli.main(["smoke", "--exec", fake(code), "--time-limit", "5"]) in (1, 2)
+    printed = capsys.readouterr()
+    assert "half \\ud800 on cpu" in printed.out
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("wrap", ["raise ValueError('wrapped') from error", "raise ValueError('wrapped')"])
+def test_an_adapter_may_wrap_the_losss_exception(wrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes ATM-01 in process; behind the protocol it has to as well."""
+    wrapping = f"""\
+        from gxpo_conformance.ports import oracle_port
+        class Session(oracle_port.Session):
+            def step(self, grad):
+                try:
+                    super().step(grad)
+                except Exception as error:
+                    {wrap}
+        class Port(oracle_port.Port):
+            def start(self, *given, **where):
+                return Session(super().start(*given, **where).oracle)
+        """
+    (tmp_path / "wrapping.py").write_text(textwrap.dedent(wrapping), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    served = f"{shlex.quote(sys.executable)} -m gxpo_conformance.serve wrapping:Port"
+    assert judged(served, 30.0, only="ATM").failed == []
 
 
 def test_an_adapter_behind_the_protocol_is_judged_as_it_is_in_process() -> None:
