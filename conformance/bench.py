@@ -355,7 +355,7 @@ class Bench:
         except (Failure, CaseError):
             raise
         except PortError as error:
-            raise Failure(str(error), crash=True, timed_out="did not answer" in str(error)) from error
+            raise Failure(str(error), crash=True, timed_out=error.timed_out) from error
         except (Exception, SystemExit) as error:
             raise Failure(f"the port's {what} raised {error!r}", crash=True) from error
 

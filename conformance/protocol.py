@@ -81,6 +81,10 @@ class AdapterError(Exception):
 class PortError(Exception):
     """The port's process died, hung or sent what it should not: a finding, with the port's last words."""
 
+    def __init__(self, text: str, timed_out: bool = False) -> None:
+        super().__init__(text)
+        self.timed_out = timed_out
+
 
 def check_capabilities(declared: object) -> dict[str, Any]:
     """The declaration, checked. Raises AdapterError that names the key, the choices and what was declared."""

@@ -78,7 +78,7 @@ class Server:
         try:
             self.sessions[message["session"]].step(grad)
         except Exception as error:
-            return {"raised": f"{error} {error.__cause__ or ''}".strip()}
+            return {"raised": told(error)}
         return {"done": True}
 
     def on_params(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -96,6 +96,12 @@ class Server:
     def on_close(self, message: dict[str, Any]) -> dict[str, Any]:
         del self.sessions[message["session"]]
         return {"ok": True}
+
+
+def told(error: Exception) -> str:
+    """An exception with what it was made of, for a port may wrap the loss's own, which has to be found again."""
+    chain = dict.fromkeys(e for e in (error, error.__cause__, error.__context__) if e is not None)
+    return "; ".join(str(e) if isinstance(e, Raised) else f"{type(e).__name__}: {e}" for e in chain)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

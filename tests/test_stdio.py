@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gxpo_conformance import cli, stdio
+from gxpo_conformance import cli, process, stdio
 from gxpo_conformance.load import load
 from gxpo_conformance.protocol import AdapterError, PortError, config
 from gxpo_conformance.run import Verdict, run
@@ -172,7 +172,7 @@ def test_a_flood_on_standard_error_neither_blocks_nor_fills_memory(fake: Any) ->
     flood = 'def on_step(m):\n for _ in range(300): os.write(2, b"x" * 65536)\n words("the end"); os._exit(1)'
     found = judged(fake(flood)).results["OPT-01"]["float64"].message
     assert found.endswith("xxxthe end")
-    assert len(found) < 3 * stdio.LAST_WORDS
+    assert len(found) < 3 * process.LAST_WORDS
 
 
 def test_a_flood_without_end_does_not_hold_the_run(fake: Any) -> None:
@@ -463,12 +463,12 @@ def test_the_conversation_on_the_page_is_what_a_right_port_says() -> None:
     lines = re.sub(r"\n {4}", " ", shown).splitlines()
     said = [json.loads(line[2:]) for line in lines if line[0] == ">"]
     answered = [json.loads(line[2:]) for line in lines if line[0] == "<"]
-    process = stdio.Process(ORACLE, 30.0)
+    spoken = process.Process(ORACLE, 30.0)
     try:
         for message, answer in zip(said, answered, strict=False):
-            process.say(message)
-            heard = process.hear(message)
+            spoken.say(message)
+            heard = spoken.hear(message)
             if message.get("op") != "hello":  # there each names itself
                 assert heard == answer
     finally:
-        process.kill()
+        spoken.kill()
