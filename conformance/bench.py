@@ -303,7 +303,7 @@ class Run:
         return trace
 
     def compare(self, trace: Trace, recorder: Recorder, start: Arrays, judge: str) -> None:
-        asked, end = self.budget.step(trace, self.talk.exact_ratio)
+        asked, end = self.budget.step(trace, self.talk.exact_ratio, judge == "counts")
         seen = recorder.asked
         if first := FIRST_POINTS.get(judge):
             if len(seen) < first:

@@ -29,10 +29,11 @@ class Budget:
         self.moment: Arrays = {}  # the momentum of the gradients' magnitudes
         self.advances = 0
 
-    def step(self, trace: Trace, exact_ratio: bool = False) -> tuple[list[Arrays], Arrays]:
+    def step(self, trace: Trace, exact_ratio: bool = False, counts: bool = False) -> tuple[list[Arrays], Arrays]:
         """(one budget per point asked, budget of the end), coordinatewise; theta0 is taken as exactly known.
 
-        `exact_ratio`: r is a quotient without rounding (g1 = -g0, say).
+        `exact_ratio`: r is a quotient without rounding (g1 = -g0, say). `counts`: no point is going to be compared, and
+        the costly part of it, theta~'s, may be left out.
         """
         points, asked = trace.points, [{k: np.zeros_like(v) for k, v in trace.points["theta0"].items()}]
         if trace.outcome == "skipped":
@@ -47,7 +48,9 @@ class Budget:
             error2, moment2 = self.update(
                 trace, 1, points["theta1"], points["theta2"], error1, moment1, advances + 1, "s2"
             )
-            asked.append({k: self.move(trace, k, error1[k], error2[k], exact_ratio) for k in error2})
+            asked.append(
+                error2 if counts else {k: self.move(trace, k, error1[k], error2[k], exact_ratio) for k in error2}
+            )
         if trace.outcome == "active":
             start, error = points["theta~"], asked[2]
             if self.config["optimizer_state"] == "keep":

@@ -108,7 +108,6 @@ def cosine(a: Arrays, b: Arrays) -> float:
     return float(sum(np.sum((a[name] / norm_a) * (b[name] / norm_b)) for name in a))
 
 
-@np.errstate(all="ignore")
 def per_tensor(f: Callable[..., Any], *args: Arrays) -> Arrays:
     """f applied tensor by tensor (asarray: arithmetic on 0-d arrays returns scalars)."""
     return {name: np.asarray(f(*(a[name] for a in args)), dtype=np.float64) for name in args[0]}
@@ -259,6 +258,16 @@ class Oracle:
 
     def step(self, grad: Gradient, supplied: float | None = None) -> Trace:
         """One outer step. `supplied`: the caller's measurement at theta0, for the gate that reads that."""
+        callers = np.geterr()  # numpy warns of nothing in here, but of what the loss does as its author likes
+
+        def gradient(params: Arrays) -> tuple[float, Arrays]:
+            with np.errstate(**callers):
+                return grad(params)
+
+        with np.errstate(all="ignore"):
+            return self._step(gradient, supplied)
+
+    def _step(self, grad: Gradient, supplied: float | None) -> Trace:
         U, K, alpha, statistic = self.U, self.config["horizon"], self.config["alpha"], self.rules["statistic"]
         theta0, s0 = self.params, self.state
         closed = why_closed(self.gate, self.rules, self.steps)

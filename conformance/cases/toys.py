@@ -112,10 +112,8 @@ def toys() -> dict[str, list[Problem]]:
             noisy(Quadratic.rotated(condition=100.0), "rotated quadratic", 1),
             noisy(Quadratic.ill_conditioned(), "ill-conditioned quadratic", 2),
         ],
-        "TOY-02": [policy(Bandit(seed=seed, on_policy=True), f"softmax bandit, seed {seed}") for seed in (14, 21)],
-        "TOY-03": [
-            policy(ContextualBandit(seed=seed, on_policy=True), f"contextual bandit, seed {seed}") for seed in (5, 19)
-        ],
+        "TOY-02": [policy(Bandit(seed=14, on_policy=True), "softmax bandit")],
+        "TOY-03": [policy(ContextualBandit(seed=5, on_policy=True), "contextual bandit")],
     }
 
 
