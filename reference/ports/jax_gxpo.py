@@ -3,13 +3,13 @@
     gxpo = GXPO(optax.adamw(1e-6), horizon=5, alpha=0.5, max_grad_norm=1.0)
     state = gxpo.init(params)
 
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn))       # compiled once; do not donate the parameters to it
     for batch in batches:                                       # old log-probabilities fixed for all three passes
-        value_and_grad = partial(jax.value_and_grad(loss_fn), batch=batch)
-        params, state, report = gxpo.step(params, state, value_and_grad)
+        params, state, report = gxpo.step(params, state, partial(value_and_grad, batch=batch))
 
 `value_and_grad(params)` is called three times while active and once after fallback. Nothing is changed in place: a step
 returns new parameters and a new state, so one that raises, or meets a non-finite gradient, has nothing to roll back.
-State is a pytree of arrays beside plain Python numbers, to be saved and loaded as it is.
+(Donated buffers would be gone when it does.) To save: `state.optimizer` is optax's pytree, `state.gate` plain numbers.
 
 Rules and clause numbers: conformance/SPEC.md. `gxpo-conformance --impl gxpo_reference.ports.jax_port:Port` judges it.
 """
@@ -89,7 +89,7 @@ def virtual_point(thetas: tuple, grads: tuple, alpha: float, *, horizon: int, es
 def clipped(grads: Tree, norm: float, limit: float) -> Tree:
     """c g with c = min(1, C / (|g| + 1e-6)) (CLP-01)."""
     c = jnp.minimum(1.0, limit / (norm + 1e-6))
-    return jax.tree.map(lambda g: (c * g).astype(g.dtype), grads)
+    return jax.tree.map(lambda g, w: (c * w).astype(g.dtype), grads, wide(grads))  # in bfloat16 c would be rounded, too
 
 
 @jax.jit
@@ -101,6 +101,19 @@ def norms(grads: Tree) -> jax.Array:
 def cosine(a: Tree, b: Tree) -> jax.Array:
     dot = sum(jnp.sum(x * y) for x, y in zip(jax.tree.leaves(wide(a)), jax.tree.leaves(wide(b)), strict=True))
     return dot / (norms(a) * norms(b))
+
+
+# What optax keeps of a schedule: an optimizer's, and inject_hyperparams', a type that optax does not export.
+SCHEDULES = ("ScaleByScheduleState", "WrappedScheduleState")
+
+
+def same_schedule(s: Tree, s0: Tree) -> Tree:
+    """s with the schedules of s0: optax counts updates, but the learning rate advances once a step, not once a pass."""
+
+    def counts(x: Any) -> bool:
+        return type(x).__name__ in SCHEDULES
+
+    return jax.tree.map(lambda now, then: then if counts(now) else now, s, s0, is_leaf=counts)
 
 
 # ---- The gate: plain numbers ----------------------------------------------------------------------------------------
@@ -121,7 +134,7 @@ class GateState:
 
 @dataclass(frozen=True)
 class Gate:
-    """When to fall back to single passes. Names and meanings are gxpo.py's."""
+    """When to fall back to single passes. Names and meanings are gxpo.py's. ValueError for a value out of bounds."""
 
     statistic: str = "corrective_norm"  # or "initial_norm", "disagreement", "never"
     baseline: str = "window"  # or "ema"
@@ -133,6 +146,14 @@ class Gate:
     warmup: int = 0
     cooldown: int | None = None
     max_active_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.statistic not in ("corrective_norm", "initial_norm", "disagreement", "never"):
+            raise ValueError(f"no such statistic: {self.statistic!r}")
+        if self.baseline not in ("window", "ema"):
+            raise ValueError(f'baseline must be "window" or "ema", got {self.baseline!r}')
+        if self.window < 1 or self.patience < 1:  # 0 would trip on anything
+            raise ValueError(f"window and patience must be >= 1, got {self.window!r} and {self.patience!r}")
 
     def is_open(self, s: GateState) -> bool:
         if self.max_active_steps is not None and s.active_steps >= self.max_active_steps:
@@ -196,8 +217,10 @@ class Pass:
 
 
 class GXPO:
-    """The update rule around `tx`. horizon: K >= 2; alpha: part of the way; estimator: "gradient", "displacement" or
-    "tensor"; optimizer_state: "keep" or "restore". ValueError for a value out of bounds."""
+    """The update rule around `tx`. horizon: K, an int >= 2; alpha >= 0: part of the way to thetaK; estimator:
+    "gradient", "displacement" or "tensor"; optimizer_state: "keep" or "restore"; max_grad_norm: C > 0, or None.
+    ValueError for a value out of bounds. Holds no state: one serves any number of runs.
+    """
 
     def __init__(
         self,
@@ -210,8 +233,12 @@ class GXPO:
         max_grad_norm: float | None = None,
         gate: Gate = Gate(),
     ) -> None:
-        if horizon < 2:
+        if not isinstance(horizon, int) or horizon < 2:
             raise ValueError(f"horizon must be an int >= 2, got {horizon!r}")  # EXT-06
+        if not alpha >= 0:
+            raise ValueError(f"alpha must be a number >= 0, got {alpha!r}")
+        if max_grad_norm is not None and not max_grad_norm > 0:
+            raise ValueError(f"max_grad_norm must be None or a number > 0, got {max_grad_norm!r}")
         if estimator not in ("gradient", "displacement", "tensor"):
             raise ValueError(f'estimator must be "gradient", "displacement" or "tensor", got {estimator!r}')
         if optimizer_state not in ("keep", "restore"):
@@ -221,10 +248,16 @@ class GXPO:
         self.optimizer_state, self.max_grad_norm, self.gate = optimizer_state, max_grad_norm, gate
 
     def init(self, params: Tree) -> State:
+        """The state of a run from `params`: any pytree of real floating-point arrays, of any shapes."""
         return State(self.tx.init(params), GateState())
 
     def step(self, params: Tree, state: State, value_and_grad: ValueAndGrad) -> tuple[Tree, State, Report]:
-        """One outer step: (parameters, state, report). What `value_and_grad` raises comes out."""
+        """One outer step: (parameters, state, report). Parameters keep their structure, shapes and dtypes.
+
+        `value_and_grad` takes such a pytree and gives a scalar loss and a pytree of gradients like it. What it raises
+        comes out, and `params` and `state` are still what they were (ATM-01 to ATM-03). Not itself to be jitted: the
+        gate decides on the host.
+        """
         theta0, s0 = params, state.optimizer
         first = self.ask(value_and_grad, theta0)
         if not first.finite:
@@ -235,19 +268,20 @@ class GXPO:
         second = self.ask(value_and_grad, theta1)
         if not second.finite:  # theta1, s1 are the single-pass step (NUM-03)
             return self.done(theta1, s1, state, Report("rolled back", 2, first.loss))
-        theta2, s2 = self.U(theta1, s1, second)
+        theta2, s2 = self.U(theta1, same_schedule(s1, s0), second)
         thetas, given = (theta0, theta1, theta2), (first.given, second.given)
         tilde, q = virtual_point(thetas, given, self.alpha, horizon=self.horizon, estimator=self.estimator)
         last = self.ask(value_and_grad, tilde)
         if not last.finite:
             return self.done(theta1, s1, state, Report("rolled back", 3, first.loss))  # NUM-04
-        end, s_end = self.U(tilde, s2 if self.optimizer_state == "keep" else s0, last)  # COR-01, OPT-04, OPT-05
+        s = same_schedule(s2, s0) if self.optimizer_state == "keep" else s0  # OPT-04, OPT-05
+        end, s_end = self.U(tilde, s, last)  # COR-01
         report = Report("active", 3, first.loss, float(q))
         return self.done(end, s_end, state, report, self.observation(first, last))
 
     def ask(self, value_and_grad: ValueAndGrad, point: Tree) -> Pass:
         loss, grads = value_and_grad(point)
-        norm = float(norms(grads))  # the one host sync of a pass: the gate and the checks need the number
+        norm = float(norms(grads))  # waits for the device: the gate and the checks need the number here
         given = grads if self.max_grad_norm is None else clipped(grads, norm, self.max_grad_norm)
         return Pass(float(loss), grads, norm, given)
 
