@@ -2,11 +2,14 @@
 
 `bandit`: softmax policy over 10 arms, the best pays with probability 0.9, the others less. `bandit100`: 100 arms.
 `contextual`: 16 contexts, 10 arms, one right answer each, a small MLP; expected reward is pass@1.
+`steep`: the same contexts, a linear policy on features whose scales differ 30 times, and a KL term that holds it back:
+the optimum lies inside, in a valley, and the steepest feature bounds the learning rate of plain gradient descent.
 The problems themselves are `gxpo_toy_tasks.bandits`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -91,5 +94,28 @@ class ContextualTask(PolicyTask):
         return actions[..., 0] == self.answers.to(actions.device)[prompts][..., None]
 
     def accuracy(self, theta: Params) -> Tensor:
-        at = self.answers.to(theta["w1"].device)[None, :, None].expand(len(theta["w1"]), -1, -1)
-        return self.log_policy(theta).gather(2, at).exp().mean(dim=(1, 2))
+        log_policy = self.log_policy(theta)
+        at = self.answers.to(log_policy.device)[None, :, None].expand(len(log_policy), -1, -1)
+        return log_policy.gather(2, at).exp().mean(dim=(1, 2))
+
+
+class SteepTask(ContextualTask):
+    """A linear softmax policy; feature i is scaled by condition^(-i / (features - 1))."""
+
+    name, responses = "steep", 256
+
+    def __init__(self, condition: float = 30.0, beta: float = 0.3) -> None:
+        super().__init__()
+        self.beta = beta
+        features, arms = self.inputs.shape[1], self.shapes["b2"][0]
+        self.inputs = self.inputs * torch.logspace(0, -math.log10(condition), features, dtype=torch.float64)
+        self.shapes = {"w": (features, arms), "b": (arms,)}
+
+    def initial(self, seeds: Sequence[int]) -> Params:
+        """Normal weights of standard deviation 0.1; no bias."""
+        rngs = [torch.Generator().manual_seed(seed) for seed in seeds]
+        rows = [0.1 * torch.randn(self.shapes["w"], generator=rng, dtype=torch.float64) for rng in rngs]
+        return {"w": torch.stack(rows), "b": torch.zeros(len(seeds), *self.shapes["b"], dtype=torch.float64)}
+
+    def log_policy(self, theta: Params) -> Tensor:
+        return (self.inputs.to(theta["w"]) @ theta["w"] + theta["b"][:, None]).log_softmax(dim=-1)

@@ -1,0 +1,294 @@
+"""A comparison of update rules on one task: what is trained, in which order, and what is kept of it.
+
+Three phases, a cell each rule: "same", every rule at the same learning rates; "tune", every rule over a grid of rates
+with seeds of its own; "best", every rule at the rate that its own tuning found, with the first phase's seeds. A cell is
+kept in results.json the moment it is done, so that an interrupted comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import gxpo
+from gxpo import Gate
+from gxpo_toy_tasks.bandit_tasks import BanditTask, ContextualTask, SteepTask
+from gxpo_toy_tasks.engine import Curves, Rule, Runs, Task, train
+from gxpo_toy_tasks.measures import mean_accuracy
+from gxpo_toy_tasks.sequences import SequenceTask
+
+Cell = dict[str, Any]
+TUNE_SEEDS = (1000, 1001, 1002)  # never a test seed
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task and how it is trained by default."""
+
+    about: str
+    build: Callable[[], Task]
+    rate: float  # of AdamW, well below GRPO's best: where the method's claim is made
+    grid: tuple[float, ...]
+    steps: int
+
+
+def rates(low: float, count: int) -> tuple[float, ...]:
+    return tuple(float(f"{low * 2**n:.3g}") for n in range(count))
+
+
+def sequences(about: str, problem: str, model: str = "gru") -> Setting:
+    pretrained = "pretrained to 30 % right, held-out prompts"
+    return Setting(f"{about}; {model}, {pretrained}", lambda: SequenceTask(problem, model), 3e-4, rates(3e-4, 7), 240)
+
+
+TASKS = {
+    "bandit": Setting("softmax policy over 10 arms", BanditTask, 0.01, rates(0.005, 9), 200),
+    "bandit100": Setting("softmax policy over 100 arms", lambda: BanditTask(100), 0.02, rates(0.01, 9), 300),
+    "contextual": Setting("16 contexts, 10 arms, a small MLP", ContextualTask, 2e-3, rates(1e-3, 10), 200),
+    "steep": Setting("16 contexts, features of unlike scale, KL 0.3", SteepTask, 0.01, rates(0.005, 9), 300),
+    "sort3": sequences("sort 3 digits", "sort3"),
+    "sort4": sequences("sort 4 digits", "sort4"),
+    "add": sequences("add two numbers of 2 digits, without carry", "add"),
+    "copy": sequences("4 digits reversed", "copy"),
+    "sort3-transformer": sequences("sort 3 digits", "sort3", "transformer"),
+}
+
+
+def rules(horizon: int, alpha: float) -> dict[str, Rule]:
+    """Every rule that can be compared. grpo-scaled is the control: plain GRPO, as far a step as GXPO's where nothing
+    bends."""
+    gxpo_like = {"fast": 2, "horizon": horizon, "alpha": alpha}
+    entropy = Gate("supplied", window=30, threshold=1.0, patience=1, two_sided=True)
+    made = [
+        Rule("grpo"),
+        Rule("grpo-epochs", epochs=3),
+        Rule("grpo-scaled", lr_times=alpha * horizon + 1),
+        Rule("sfpo", fast=3, horizon=3, alpha=0.8, gate=entropy),
+        Rule("lookahead", fast=horizon, horizon=horizon, alpha=alpha),
+        Rule("gxpo", estimator="gradient", **gxpo_like),
+        Rule("gxpo-displacement", estimator="displacement", **gxpo_like),
+        Rule("gxpo-tensor", estimator="tensor", **gxpo_like),
+        Rule("gxpo-restore", estimator="gradient", optimizer_state="restore", **gxpo_like),
+        Rule("gxpo-gate", estimator="gradient", gate=Gate(), **gxpo_like),
+    ]
+    return {rule.name: rule for rule in made}
+
+
+ABOUT = {
+    "grpo": "plain GRPO, one pass",
+    "grpo-epochs": "three plain steps on each batch",
+    "grpo-scaled": "plain GRPO at lr x (alpha K + 1), the control",
+    "sfpo": "SFPO as released: K = 3, alpha 0.8, entropy gate",
+    "lookahead": "K real steps, then as GXPO: SFPO at GXPO's K, no gate",
+    "gxpo": "GXPO, gate off",
+    "gxpo-displacement": "GXPO, r from what the optimizer did",
+    "gxpo-tensor": "the same, one number a tensor",
+    "gxpo-restore": "GXPO, the fast steps leave no trace in the optimizer's state",
+    "gxpo-gate": "GXPO with the default gate",
+}
+USUAL = ("grpo", "grpo-epochs", "grpo-scaled", "sfpo", "lookahead", "gxpo", "gxpo-gate")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to compare. lr: rates for every rule alike, in place of the task's own and of tuning."""
+
+    task: str = "contextual"
+    rules: tuple[str, ...] = USUAL
+    lr: tuple[float, ...] = ()
+    seeds: int = 5
+    steps: int = 0  # 0: the task's own number
+    horizon: int = 5
+    alpha: float = 0.8
+    optimizer: str = "adamw"
+    max_grad_norm: float = 1.0
+    device: str = "cpu"
+    quick: bool = False
+
+    def __post_init__(self) -> None:
+        known = rules(max(self.horizon, 2), self.alpha)
+        for what, ok, bound in (
+            ("task", self.task in TASKS, f"one of {', '.join(TASKS)}"),
+            ("rules", bool(self.rules) and set(self.rules) <= set(known), f"out of {', '.join(known)}"),
+            ("lr", all(np.isfinite(lr) and lr > 0 for lr in self.lr), "numbers > 0"),
+            ("seeds", isinstance(self.seeds, int) and self.seeds >= 1, "an int >= 1"),
+            ("steps", isinstance(self.steps, int) and self.steps >= 0, "an int >= 0 (0: the task's own)"),
+            ("horizon", isinstance(self.horizon, int) and self.horizon >= 2, "an int >= 2"),
+            ("alpha", np.isfinite(self.alpha) and self.alpha >= 0, "a number >= 0"),
+            ("optimizer", self.optimizer in ("adamw", "sgd"), "adamw or sgd"),
+            ("max_grad_norm", self.max_grad_norm > 0, "a number > 0"),
+            ("device", self.device in ("cpu", "cuda"), "cpu or cuda"),
+        ):
+            if not ok:
+                raise ValueError(f"{what} must be {bound}, got {getattr(self, what)!r}")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device must be cpu here, got 'cuda': this machine has no CUDA device")
+
+    @property
+    def setting(self) -> Setting:
+        return TASKS[self.task]
+
+    @property
+    def length(self) -> int:
+        steps = self.steps or self.setting.steps
+        return min(steps, 60) if self.quick else steps
+
+    @property
+    def test_seeds(self) -> list[int]:
+        return list(range(min(self.seeds, 2) if self.quick else self.seeds))
+
+    @property
+    def compared(self) -> dict[str, Rule]:
+        """The rules, plain GRPO among them whatever was asked for: all is measured against it."""
+        known = rules(self.horizon, self.alpha)
+        return {name: known[name] for name in dict.fromkeys(("grpo", *self.rules))}
+
+    @property
+    def factor(self) -> float:
+        """SGD's rates are other numbers than AdamW's; sixteen times suits these tasks."""
+        return 16.0 if self.optimizer == "sgd" else 1.0
+
+    @property
+    def same_rates(self) -> list[float]:
+        return list(self.lr) or [self.setting.rate * self.factor]
+
+    @property
+    def grid(self) -> list[float]:
+        """Rates that are tuned over; none where rates were given, or where it has to be quick."""
+        return [] if self.lr or self.quick else [lr * self.factor for lr in self.setting.grid]
+
+
+class Comparison:
+    """A plan in a folder."""
+
+    def __init__(self, plan: Plan, folder: Path | None = None) -> None:
+        self.plan, self.folder = plan, folder
+        self.task = plan.setting.build()
+        self.cells: dict[str, Cell] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.resume(folder / "results.json")
+
+    def resume(self, path: Path) -> None:
+        """Take in what an interrupted run of the same plan left. ValueError where it is another plan's folder."""
+        if path.exists():
+            there = json.loads(path.read_text(encoding="utf-8"))
+            mine = as_json(self.plan)
+            if there.get("plan") != mine:
+                old = there.get("plan", {})
+                other = [k for k in mine if old.get(k) != mine[k]] if isinstance(old, dict) else []
+                raise ValueError(
+                    f"{path.parent} holds results of another plan ({', '.join(other)} differ): "
+                    "choose another --out, or delete that folder"
+                )
+            self.cells = there["cells"]
+
+    def jobs(self) -> list[tuple[str, str]]:
+        """(phase, rule) of every cell, in order."""
+        phases = ["same", "tune", "best"] if self.plan.grid else ["same"]
+        return [(phase, name) for phase in phases for name in self.plan.compared]
+
+    def runs(self, phase: str, name: str) -> Runs:
+        if phase == "tune":
+            return Runs(TUNE_SEEDS, self.plan.grid)
+        return Runs(self.plan.test_seeds, [self.best_rate(name)] if phase == "best" else self.plan.same_rates)
+
+    def best_rate(self, name: str) -> float:
+        """The rate whose median training, over the tuning seeds, had the highest accuracy on average."""
+        cell = self.cells[f"tune/{name}"]
+        accuracy = np.array(cell["accuracy"]).reshape(len(cell["lrs"]), len(cell["seeds"]), -1)
+        return cell["lrs"][int(np.argmax(np.median(mean_accuracy(accuracy), axis=1)))]
+
+    def go(
+        self, on_step: Callable[[], None] = lambda: None, on_cell: Callable[[str, str], None] = lambda *_: None
+    ) -> dict[str, Any]:
+        """Train every cell that is not there yet; the results, as they are in results.json."""
+        for phase, name in self.jobs():
+            on_cell(phase, name)
+            if f"{phase}/{name}" in self.cells:
+                for _ in range(self.plan.length):
+                    on_step()
+                continue
+            runs = self.runs(phase, name)
+            curves = train(
+                self.task,
+                self.plan.compared[name],
+                runs,
+                self.plan.length,
+                lambda step: on_step(),
+                optimizer=self.plan.optimizer,
+                max_grad_norm=self.plan.max_grad_norm,
+                device=self.plan.device,
+            )
+            self.cells[f"{phase}/{name}"] = as_cell(curves, runs)
+            self.save()
+        return self.results()
+
+    def results(self) -> dict[str, Any]:
+        return {
+            "kind": "learning",
+            "plan": as_json(self.plan),
+            "versions": versions(),
+            "about": self.plan.setting.about,
+            "cells": self.cells,
+        }
+
+    def save(self) -> None:
+        if self.folder is not None:
+            write(self.folder / "results.json", json.dumps(self.results(), allow_nan=False) + "\n")
+
+
+def write(path: Path, text: str) -> None:
+    """All of it or nothing: an interruption leaves the file as it was."""
+    new = path.with_suffix(".new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(plan)))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "gxpo": gxpo.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def as_cell(curves: Curves, runs: Runs) -> Cell:
+    """Curves as JSON, a list a run. What is not there (q of a plain step) is null."""
+    fell_back = [[n for n, now in enumerate(row) if not now][:1] for row in curves.active.T.tolist()]
+    return {
+        "seeds": list(runs.seeds),
+        "lrs": list(runs.lrs),
+        "accuracy": rounded(curves.accuracy.T),
+        "passes": curves.passes.T.tolist(),
+        "q": rounded(curves.q.transpose(0, 1)),
+        "z": rounded(curves.z.T),
+        "multiplier": rounded(curves.multiplier.T),
+        "first_single": [steps[0] if steps else None for steps in fell_back],
+        "seconds": {key: round(value, 4) for key, value in curves.seconds.items()},
+    }
+
+
+def rounded(values: torch.Tensor) -> Any:
+    """Six digits, as nested lists; None for what is not finite."""
+
+    def one(v: Any) -> Any:
+        if isinstance(v, list):
+            return [one(w) for w in v]
+        return float(f"{v:.6g}") if np.isfinite(v) else None
+
+    return one(values.tolist())
