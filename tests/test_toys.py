@@ -131,8 +131,8 @@ def test_all_three_phases_and_their_verdict() -> None:
     results = Comparison(plan).go()
     assert list(results["cells"]) == [f"{phase}/{n}" for phase in ("same", "tune", "best") for n in plan.compared]
     said = verdict(results)
-    assert said[0].startswith("Every rule at its own best rate, gxpo ")  # where it loses comes first
-    assert any(line.startswith("Every rule at lr 0.01, gxpo ") for line in said)
+    assert said[0].startswith("With every rule at its own best rate, gxpo ")  # where it loses comes first
+    assert any(line.startswith("With every rule at lr 0.01, gxpo ") for line in said)
     json.dumps(results, allow_nan=False)
 
 
