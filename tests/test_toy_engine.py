@@ -10,9 +10,9 @@ import torch
 from gxpo import GXPO, Gate
 from gxpo_reference.baselines import GRPO, SFPO
 from gxpo_toy_tasks.bandit_tasks import BanditTask, ContextualTask
-from gxpo_toy_tasks.engine import Draws, Rule, Runs, Trainer, train
+from gxpo_toy_tasks.engine import OPTIMIZERS, Draws, Rule, Runs, Trainer, train
 
-STEPS = 40
+STEPS = 30
 SPIKY = Gate("corrective_norm", window=5, threshold=1.0, patience=1)
 RULES = {
     "grpo": Rule("grpo"),
@@ -55,6 +55,7 @@ def by_hand(task: Any, rule: Rule, seed: int, lr: float, optimizer: str) -> dict
     base = {
         "adamw": lambda p: torch.optim.AdamW(p, lr=lr, weight_decay=0.0),
         "sgd": lambda p: torch.optim.SGD(p, lr=lr),
+        "momentum": lambda p: torch.optim.SGD(p, lr=lr, momentum=0.9),
     }
     opt = real(rule, base[optimizer](theta.values()))
     seen: dict[str, list] = {"accuracy": [], "passes": [], "active": [], "z": [], "multiplier": []}
@@ -84,12 +85,12 @@ def by_hand(task: Any, rule: Rule, seed: int, lr: float, optimizer: str) -> dict
     return seen
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", RULES)
 def test_every_row_is_the_run_that_gxpo_py_makes(name: str, optimizer: str) -> None:
     """A table about an engine that is not GXPO would be a table about nothing."""
     rule, task = RULES[name], ContextualTask(contexts=5, arms=4)
-    runs = Runs(seeds=[3, 4], lrs=[0.01, 0.05] if optimizer == "adamw" else [0.5, 2.0])
+    runs = Runs(seeds=[3, 4], lrs={"adamw": [0.01, 0.05], "sgd": [0.5, 2.0], "momentum": [0.05, 0.2]}[optimizer])
     curves = train(task, rule, runs, STEPS, optimizer=optimizer, dtype=torch.float64)
     for row, (lr, seed) in enumerate((lr, seed) for lr in runs.lrs for seed in runs.seeds):
         want = by_hand(task, rule, seed, lr, optimizer)

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from gxpo_toy_tasks import cli, experiment
+from gxpo_toy_tasks import cli, experiment, hunt
 from gxpo_toy_tasks.experiment import ABOUT, TASKS, TUNE_SEEDS, Comparison, Plan, rules
 from gxpo_toy_tasks.measures import NEVER, first_at, price, quartiles, smoothed, speedup, times
 from gxpo_toy_tasks.report import fewer, spread, verdict
@@ -241,3 +243,41 @@ def test_ctrl_c_is_told_in_a_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_quartiles_are_in_order() -> None:
     assert quartiles(np.array([4.0, 1.0, 3.0, 2.0, 5.0])) == (2.0, 3.0, 4.0)
+
+
+# ------------------------------------------------------------------------------------------------------- the pages
+
+PAGES = [Path(cli.__file__).with_name("CLASSROOM.md"), Path(__file__).parent.parent / "README.md"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_on_the_pages_is_one(page: Path) -> None:
+    """A student who pastes a line with an option that is gone stops there."""
+    text = page.read_text(encoding="utf-8")
+    lines = [line for line in re.findall(r"gxpo-toys (?:list|run|plot|animate)[^`\n]*", text) if "TASK" not in line]
+    assert lines
+    for line in lines:
+        given = cli.parser().parse_args(shlex.split(line.rstrip(" .,;"))[1:])
+        if given.command == "run" and given.task != cli.QUADRATICS:
+            cli.plan_of(given)
+
+
+def test_the_results_page_has_every_table() -> None:
+    """RESULTS.md speaks of them, and one command has to be able to write them again."""
+    page = hunt.PAGE.read_text(encoding="utf-8")
+    for name, search in hunt.SEARCHES.items():
+        table = page.split(f"<!-- {name} -->")[1].split(f"<!-- end of {name} -->")[0]
+        assert {line.split("|")[1].strip() for line in table.splitlines()[4:] if line} >= set(search.tried) - {""}
+
+
+def test_a_search_measures_with_other_seeds_than_it_tunes_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not set(hunt.SEEDS) & set(hunt.TEST_SEEDS)
+    tried = {"GRPO": hunt.OTHERS["GRPO"], "GXPO": hunt.gxpo(5, 0.8)}
+    level, found = hunt.look(hunt.Search("bandit", "adamw", (0.05, 0.2), 24, tried))
+    assert 0.4 < level < 1
+    text = hunt.table(level, found)
+    assert text.count("\n") == 5
+    assert "| GRPO |" in text
+    assert hunt.put("<!-- a -->old<!-- end of a -->", "a", text).count(text) == 1
+    with pytest.raises(ValueError, match="has 0 places for b"):
+        hunt.put("<!-- a -->old<!-- end of a -->", "b", text)

@@ -24,6 +24,7 @@ except ImportError as missing:
 
 import torch
 
+from gxpo_toy_tasks.engine import OPTIMIZERS
 from gxpo_toy_tasks.experiment import ABOUT, TASKS, Comparison, Plan, write
 from gxpo_toy_tasks.plots import draw
 from gxpo_toy_tasks.report import show
@@ -171,7 +172,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--steps", type=int, help="outer steps (default: the task's)")
     one.add_argument("--horizon", type=int, help="K (default: 5)")
     one.add_argument("--alpha", type=float, help="part of the way (default: 0.8)")
-    one.add_argument("--optimizer", choices=("adamw", "sgd"), help="of every rule (default: adamw)")
+    one.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="of every rule (default: adamw)")
     one.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu")
     one.add_argument(
         "--quick", action="store_true", default=None, help="a few seconds: two seeds, fewer steps, no tuning"

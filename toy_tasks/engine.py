@@ -154,7 +154,17 @@ def sgd(lr: Tensor) -> Update:
     return lambda theta, s, g: (theta - lr * g, s)
 
 
-OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
+def momentum(lr: Tensor, mu: float = 0.9) -> Update:
+    """torch.optim.SGD with momentum. lr: (runs, 1)."""
+
+    def update(theta: Tensor, s: _State, g: Tensor) -> tuple[Tensor, _State]:
+        m = mu * s.m + g
+        return theta - lr * m, _State(s.n, m, s.v)
+
+    return update
+
+
+OPTIMIZERS = {"adamw": adamw, "sgd": sgd, "momentum": momentum}
 
 
 class Trainer:

@@ -58,6 +58,7 @@ OTHERS = {
 FAR = {f"GXPO K = {k}, alpha = {a:g}": gxpo(k, a) for k in (5, 10, 20, 40, 80) for a in (0.8, 1.0, 1.5)}
 FAR |= {"GXPO K = 40, alpha = 1, tensor": gxpo(40, 1.0, estimator="tensor")}
 FAR |= {"10 real steps (SFPO K = 10)": rules(10, 1.0)["lookahead"]}
+NEAR = {**OTHERS, **{name: rule for name, rule in FAR.items() if rule.horizon <= 40 and rule.fast == 2}}
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ SEARCHES = {
     "contextual-sgd": Search("contextual", "sgd", rates(0.5, 6), 120, {**OTHERS, **SPREAD, **EARLY}),
     "sort3-adamw": Search("sort3", "adamw", rates(1.2e-3, 5), 360, {**OTHERS, **SPREAD, **EARLY, **KINDS}),
     "steep-sgd": Search("steep", "sgd", (1.0, 2.0, 4.0, 8.0, 11.0, 16.0, 22.0, 32.0), 600, {**OTHERS, **FAR}),
-    "steep-adamw": Search("steep", "adamw", rates(0.02, 7), 200, {**OTHERS, **{k: FAR[k] for k in list(FAR)[:9]}}),
+    "steep-momentum": Search("steep", "momentum", (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 400, NEAR),
+    "steep-adamw": Search("steep", "adamw", rates(0.02, 7), 200, NEAR),
 }
 
 
