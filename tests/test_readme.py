@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gxpo
+from gxpo_conformance.mutants import MUTANTS
 from gxpo_conformance.ports import torch_port
 from gxpo_conformance.run import run
 
@@ -44,6 +45,10 @@ def test_snippets_run_in_order_and_print_what_is_shown() -> None:
 def test_the_verdict_shown_is_the_verdict() -> None:
     verdict = run(torch_port.Port(), ["float64", "float32"])
     assert f"GXPO 1.0: {verdict.headline}\nverdict: {verdict.words}\n" in README
+
+
+def test_the_number_of_mutants_is_the_number() -> None:
+    assert f"tested by {len(MUTANTS)} wrong implementations" in README
 
 
 def test_the_argument_tables_are_complete_and_their_defaults_true() -> None:

@@ -83,7 +83,7 @@ SEARCHES = {
     "contextual-sgd": Search("contextual", "sgd", rates(0.5, 6), 120, {**OTHERS, **SPREAD, **EARLY}),
     "sort3-adamw": Search("sort3", "adamw", rates(1.2e-3, 5), 360, {**OTHERS, **SPREAD, **EARLY, **KINDS}),
     "steep-sgd": Search("steep", "sgd", (1.0, 2.0, 4.0, 8.0, 11.0, 16.0, 22.0, 32.0), 600, {**OTHERS, **FAR}),
-    "steep-momentum": Search("steep", "momentum", (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 400, NEAR),
+    "steep-momentum": Search("steep", "momentum", (0.1, 0.2, 0.5, 1.0, 2.0, 4.0, 8.0), 800, NEAR),
     "steep-adamw": Search("steep", "adamw", rates(0.02, 7), 200, NEAR),
 }
 
@@ -139,7 +139,7 @@ def table(level: float, found: list[Found]) -> str:
         if np.isfinite(f.median):
             low, middle, high = quartiles(np.where(np.isinf(f.passes), 1e9, f.passes))
             upper = f"{high:.0f}" if high < 1e8 else "never"
-            cells = (f"{middle:.0f} ({low:.0f} to {upper})", f"{middle / grpo:.2f}")
+            cells = (f"{middle:.0f} ({low:.0f} to {upper})", f"{middle / grpo:.2f}" if np.isfinite(grpo) else "")
         else:
             cells = ("never", "")
         lines.append(f"| {f.rule} | {f.lr:g} | {cells[0]} | {cells[1]} | {never or ''} |")
