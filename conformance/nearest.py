@@ -62,6 +62,11 @@ class Nearest:
         return None
 
 
+def how(finding: Finding) -> str:
+    """How sure that is: equal numbers tell a mistake, equal counts only one that shows the same."""
+    return "looks like a known mistake" if finding.budgets is None else "matches a known mistake"
+
+
 def alike(one: Finding, other: Finding) -> bool:
     """The same place, and the same number within what rounding allows."""
     if (one.step, one.phase, one.tensor, one.coordinate) != (other.step, other.phase, other.tensor, other.coordinate):

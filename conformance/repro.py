@@ -13,7 +13,7 @@ from gxpo_conformance import vectors
 from gxpo_conformance.bench import PHASES, Dialogue, Failure, Recorder
 from gxpo_conformance.case import Case, as_case, replay
 from gxpo_conformance.checks import CHECKS, clauses
-from gxpo_conformance.nearest import Nearest
+from gxpo_conformance.nearest import Nearest, how
 from gxpo_conformance.protocol import AdapterError, Arrays, Port, config
 from gxpo_conformance.run import FAIL, PASS, Trial
 from gxpo_conformance.wire import from_wire
@@ -76,7 +76,7 @@ def clause(number: str, trial: Trial, case_file: str | None) -> int:
                 show(result.talk)
             found = Nearest(trial.verdict).of(result)
             if found:
-                print(f"matches a known mistake: {found.does} ({found.id})")
+                print(f"{how(result.finding)}: {found.does} ({found.id})")
             case = result.case()
             if case_file and case:
                 Path(case_file).write_text(json.dumps({"clause": number, **case}, indent=1) + "\n", encoding="utf-8")

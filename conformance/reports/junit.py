@@ -72,7 +72,7 @@ def full_text(r: Record) -> str:
     """What was found, the known mistake that it looks like, the command that runs it again."""
     lines = [r["message"]]
     if "nearest" in r:
-        lines.append(f"matches a known mistake: {r['nearest']['does']} ({r['nearest']['id']})")
+        lines.append(f"{r['nearest']['how']}: {r['nearest']['does']} ({r['nearest']['id']})")
     if "rerun" in r:
         lines.append(r["rerun"])
     return "\n".join(lines)

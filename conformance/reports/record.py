@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gxpo_conformance.checks import GROUPS, SPEC_VERSION, clauses
-from gxpo_conformance.nearest import Nearest
+from gxpo_conformance.nearest import Nearest, how
 from gxpo_conformance.run import BLOCKED, KNOWN, NOT_RUN, PASS, VERDICTS, Result, Verdict
 from gxpo_conformance.wire import number
 
@@ -129,7 +129,7 @@ def result(r: Result, verdict: Verdict, command: str, nearest: Nearest | None) -
         made["case"] = r.case()
         found = nearest.of(r) if nearest and r.verdict != KNOWN else None
         if found:
-            made["nearest"] = {"id": found.id, "does": found.does, "source": found.source}
+            made["nearest"] = {"how": how(r.finding), "id": found.id, "does": found.does, "source": found.source}
     return made
 
 

@@ -57,7 +57,7 @@ def summary(records: list[Record]) -> None:
         say(f"{r['verdict'].upper():<5} {r['clause']}  {r['dtype']}  {r['rule']}")
         say(wrapped(r["message"]))
         if "nearest" in r:
-            say(wrapped(f"matches a known mistake: {r['nearest']['does']} ({r['nearest']['id']})"))
+            say(wrapped(f"{r['nearest']['how']}: {r['nearest']['does']} ({r['nearest']['id']})"))
         if "rerun" in r:
             say(f"      {r['rerun']}")
     if len(failures) > MOST_SHOWN:
