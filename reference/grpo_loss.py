@@ -72,21 +72,24 @@ def grpo_loss(
     if beta and ref_logps is None:
         raise ValueError(f"beta = {beta} needs ref_logps, got None: pass the reference policy's, or beta=0.0")
 
-    mask = torch.ones_like(logps, dtype=torch.bool) if mask is None else mask.bool()
-    tokens = mask.sum(dim=1).clamp(min=1)
+    tokens = torch.tensor(max(1, logps.shape[1])) if mask is None else mask.bool().sum(dim=1).clamp(min=1)
+
+    def masked(per_token: Tensor) -> Tensor:
+        return per_token if mask is None else per_token.masked_fill(~mask.bool(), 0.0)
 
     def mean(per_token: Tensor) -> Tensor:
-        return ((per_token * mask).sum(dim=1) / tokens).mean()
+        return (masked(per_token).sum(dim=1) / tokens).mean()
 
     # Masked before exp: padding may hold -inf or nan, and 0 * inf would carry nan into the loss and the gradient.
-    ratio = (logps - old_logps.detach()).masked_fill(~mask, 0.0).exp()
+    ratio = masked(logps - old_logps.detach()).exp()
     advantages = advantages.detach().unsqueeze(1)
     plain, clipped = ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages
     loss = -mean(torch.min(plain, clipped))
-    metrics = {"clip_fraction": mean((clipped < plain).to(loss.dtype)).detach(), "ratio_mean": mean(ratio).detach()}
+    with torch.no_grad():
+        metrics = {"clip_fraction": mean((clipped < plain).to(loss.dtype)), "ratio_mean": mean(ratio)}
 
     if ref_logps is not None:
-        apart = (ref_logps.detach() - logps).masked_fill(~mask, 0.0)
+        apart = masked(ref_logps.detach() - logps)
         kl = mean(torch.expm1(apart) - apart)  # expm1: exp(d) - d - 1 is all rounding for small d
         metrics["kl"] = kl.detach()
         if beta:

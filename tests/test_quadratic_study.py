@@ -55,7 +55,7 @@ def test_noise_that_the_passes_share_does_less_harm() -> None:
 def test_gradient_descent_takes_as_many_steps_as_its_slowest_direction_needs() -> None:
     """Distances shrink by 1 - lr / condition a step, once only the flattest direction is left."""
     build = PROBLEMS["diagonal, condition 10"]
-    ((steps, passes),) = costs_of(build, rules()["gradient descent"], [1.0], [0])
+    (((steps, passes),),) = costs_of([build], rules()["gradient descent"], [1.0], [0])
     problem = build(0)
     away = np.abs(problem.start - problem.minimum)
     want = next(n for n in range(1000) if np.linalg.norm(away * 0.9**n) <= LEVEL * np.linalg.norm(away) or n == 999)
@@ -71,12 +71,20 @@ def test_gradient_descent_takes_as_many_steps_as_its_slowest_direction_needs() -
     ("rule", "each"), [("gradient descent", 1), ("GXPO K = 10, alpha = 1", 3), ("SFPO K = 10", 11)]
 )
 def test_passes_are_counted_as_they_are_made(rule: str, each: int) -> None:
-    ((steps, passes),) = costs_of(PROBLEMS["diagonal, condition 10"], rules()[rule], [0.5], [0, 1])
+    (((steps, passes),),) = costs_of([PROBLEMS["diagonal, condition 10"]], rules()[rule], [0.5], [0, 1])
     assert passes == each * steps
 
 
+def test_problems_side_by_side_cost_what_they_cost_alone() -> None:
+    """They share a batch for speed, which must not show."""
+    rule = rules()["GXPO K = 10, alpha = 1"]
+    builds = [PROBLEMS["diagonal, condition 10"], PROBLEMS["rotated, condition 100"]]
+    together = costs_of(builds, rule, [0.1, 0.9], [0, 2])
+    assert together == [costs_of([build], rule, [0.1, 0.9], [0, 2])[0] for build in builds]
+
+
 def test_what_is_not_reached_is_never() -> None:
-    ((steps, _),) = costs_of(PROBLEMS["diagonal, condition 100"], rules()["gradient descent"], [0.02], [0], cap=20)
+    (((steps, _),),) = costs_of([PROBLEMS["diagonal, condition 100"]], rules()["gradient descent"], [0.02], [0], cap=20)
     assert steps == np.inf
 
 

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,15 +31,33 @@ from gxpo_toy_tasks.plots import draw
 from gxpo_toy_tasks.report import show
 
 QUADRATICS = "quadratics"
+PHASES = {"same": "one rate for all", "tune": "tuning", "best": "own best rates"}
 
 
 class BadOption(Exception):
     """One line for the user."""
 
 
-def progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True)
+class Bar:
+    """A progress bar, drawn ten times a second at most, without a thread: workers are forked beside it."""
+
+    def __init__(self, console: Console, what: str, total: int) -> None:
+        columns = (TextColumn("{task.description:<18}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.drawn = Progress(*columns, console=console, transient=True, auto_refresh=False)
+        self.task, self.due = self.drawn.add_task(what, total=total), 0.0
+
+    def __enter__(self) -> Bar:
+        self.drawn.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.drawn.stop()
+
+    def on(self, steps: int = 1, what: str | None = None) -> None:
+        self.drawn.update(self.task, advance=steps, description=what)
+        if time.monotonic() >= self.due:
+            self.drawn.refresh()
+            self.due = time.monotonic() + 0.1
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -98,13 +117,8 @@ def run(given: argparse.Namespace, console: Console) -> None:
         comparison = Comparison(plan, folder)
     except (ValueError, OSError) as error:
         raise BadOption(str(error)) from error
-    with progress(console) as bar:
-        task = bar.add_task("", total=len(comparison.jobs()) * plan.length)
-
-        def on_cell(phase: str, name: str) -> None:
-            bar.update(task, description=f"{phase}: {name}")
-
-        results = comparison.go(lambda: bar.advance(task), on_cell)
+    with Bar(console, "", len(comparison.jobs()) * plan.length) as bar:
+        results = comparison.go(bar.on, lambda phase: bar.on(0, PHASES[phase]))
     show(results, console)
     finish(results, folder, console)
 
@@ -113,9 +127,8 @@ def run_quadratics(folder: Path, quick: bool, console: Console) -> None:
     from gxpo_toy_tasks import quadratic_study
 
     folder.mkdir(parents=True, exist_ok=True)
-    with progress(console) as bar:
-        task = bar.add_task(QUADRATICS, total=quadratic_study.total(quick))
-        results = quadratic_study.study(quick, lambda: bar.advance(task))
+    with Bar(console, QUADRATICS, quadratic_study.total(quick)) as bar:
+        results = quadratic_study.study(quick, bar.on)
     write(folder / "results.json", json.dumps(results) + "\n")
     console.print(quadratic_study.tables(results), highlight=False)
     finish(results, folder, console)

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,29 +213,58 @@ class Comparison:
         return cell["lrs"][int(np.argmax(np.median(mean_accuracy(accuracy), axis=1)))]
 
     def go(
-        self, on_step: Callable[[], None] = lambda: None, on_cell: Callable[[str, str], None] = lambda *_: None
+        self, on_step: Callable[[int], None] = lambda steps: None, on_phase: Callable[[str], None] = lambda phase: None
     ) -> dict[str, Any]:
-        """Train every cell that is not there yet; the results, as they are in results.json."""
-        for phase, name in self.jobs():
-            on_cell(phase, name)
-            if f"{phase}/{name}" in self.cells:
-                for _ in range(self.plan.length):
-                    on_step()
-                continue
-            runs = self.runs(phase, name)
-            curves = train(
-                self.task,
-                self.plan.compared[name],
-                runs,
-                self.plan.length,
-                lambda step: on_step(),
-                optimizer=self.plan.optimizer,
-                max_grad_norm=self.plan.max_grad_norm,
-                device=self.plan.device,
-            )
-            self.cells[f"{phase}/{name}"] = as_cell(curves, runs)
-            self.save()
+        """Train every cell that is not there yet; the results, as they are in results.json.
+
+        on_step is told how many steps were done since it was called last, on_phase which phase begins.
+        """
+        for phase in dict.fromkeys(phase for phase, _ in self.jobs()):
+            names = [name for at, name in self.jobs() if at == phase]
+            missing = [name for name in names if f"{phase}/{name}" not in self.cells]
+            on_step(self.plan.length * (len(names) - len(missing)))
+            on_phase(phase)
+            for name, cell in self.trained(missing, [self.runs(phase, name) for name in missing], on_step):
+                self.cells[f"{phase}/{name}"] = cell
+                self.save()
+        order = [f"{phase}/{name}" for phase, name in self.jobs()]
+        self.cells = {key: self.cells[key] for key in order}  # whichever was done first
+        self.save()
         return self.results()
+
+    def trained(self, names: list[str], runs: list[Runs], on_step: Callable[[int], None]) -> Iterator[tuple[str, Cell]]:
+        """(rule, its cell) as they are done, several at a time where the machine allows it."""
+        workers = min(len(names), workers_for(self.plan.device))
+        if workers < 2:
+            for name, rows in zip(names, runs, strict=True):
+                yield name, self.cell(name, rows, lambda: on_step(1))
+            return
+        fork = multiprocessing.get_context("fork")  # a worker has torch loaded and the task built
+        done, stop, told = fork.Value("L", 0), fork.Event(), 0
+        with ProcessPoolExecutor(workers, fork, _inherit, (self, done, stop)) as pool:
+            try:
+                cells = {pool.submit(_cell, name, rows): name for name, rows in zip(names, runs, strict=True)}
+                while cells:
+                    for ready in wait(cells, timeout=0.1, return_when=FIRST_COMPLETED).done:
+                        yield cells.pop(ready), ready.result()
+                    before, told = told, done.value
+                    on_step(told - before)
+            finally:
+                stop.set()
+
+    def cell(self, name: str, runs: Runs, on_step: Callable[[], None]) -> Cell:
+        """Train one rule."""
+        curves = train(
+            self.task,
+            self.plan.compared[name],
+            runs,
+            self.plan.length,
+            lambda step: on_step(),
+            optimizer=self.plan.optimizer,
+            max_grad_norm=self.plan.max_grad_norm,
+            device=self.plan.device,
+        )
+        return as_cell(curves, runs)
 
     def results(self) -> dict[str, Any]:
         return {
@@ -245,6 +278,41 @@ class Comparison:
     def save(self) -> None:
         if self.folder is not None:
             write(self.folder / "results.json", json.dumps(self.results(), allow_nan=False) + "\n")
+
+
+# ---- In a worker ----------------------------------------------------------------------------------------------------
+
+_inherited: tuple[Comparison, Any, Any]  # what _inherit was given, through the fork and so without a copy
+
+
+def workers_for(device: str) -> int:
+    """Processes to train in: two, on a CPU that has the cores; more would leave a classroom's laptop none.
+
+    One where processes cannot be forked, or where CUDA is about: autograd's threads do not survive a fork.
+    """
+    forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return 2 if device == "cpu" and forks and (os.cpu_count() or 1) > 1 and not torch.cuda.is_available() else 1
+
+
+def _inherit(*what: Any) -> None:
+    global _inherited
+    _inherited = what
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which says so by `stop`
+
+
+def _cell(name: str, runs: Runs) -> Cell:
+    comparison, done, stop = _inherited
+
+    def on_step() -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        with done.get_lock():
+            done.value += 1
+
+    return comparison.cell(name, runs, on_step)
+
+
+# ---- As JSON --------------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, text: str) -> None:

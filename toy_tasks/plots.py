@@ -28,7 +28,6 @@ COLOURS = {
 }
 STYLE = {
     "figure.dpi": 110,
-    "savefig.bbox": "tight",
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -176,22 +175,21 @@ def results_length(cell: dict[str, Any]) -> int:
     return len(cell["accuracy"][0]) - 1
 
 
+def save(figure: Figure, folder: Path, name: str) -> list[Path]:
+    """As PNG and SVG; what was written."""
+    written = [folder / f"{name}.png", folder / f"{name}.svg"]
+    figure.savefig(written[0])
+    figure.set_layout_engine("none")  # all is in its place: finding it again would take as long as drawing
+    figure.savefig(written[1], metadata={"Date": None})
+    return written
+
+
 def draw(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Every picture as PNG and SVG; what was written."""
+    """Every picture; what was written."""
     if results["kind"] == "quadratics":
         from gxpo_toy_tasks.quadratic_plots import plots
 
         return plots(results, folder)
-    written = []
     with mpl.rc_context(STYLE):
-        for name, figure in (
-            ("learning", learning(results)),
-            ("by_rate", by_rate(results)),
-            ("inside", inside(results)),
-        ):
-            if figure is not None:
-                for kind in ("png", "svg"):
-                    path = folder / f"{name}.{kind}"
-                    figure.savefig(path, metadata={"Date": None} if kind == "svg" else None)
-                    written.append(path)
-    return written
+        made = {"learning": learning(results), "by_rate": by_rate(results), "inside": inside(results)}
+        return [path for name, figure in made.items() if figure is not None for path in save(figure, folder, name)]

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from gxpo import GXPO
-from gxpo_toy_tasks.plots import COLOURS, STYLE
+from gxpo_toy_tasks.plots import COLOURS, STYLE, save
 from gxpo_toy_tasks.quadratic_study import ESTIMATORS, PROBLEMS, RATES, of, rules
 from gxpo_toy_tasks.quadratics import Quadratic, plain_steps
 
@@ -190,16 +190,8 @@ def animate(path: Path, steps: int = 3) -> None:
         FuncAnimation(figure, draw, frames=frames, interval=900).save(path, writer=PillowWriter(fps=1.1), dpi=90)
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    written = []
-    for kind in ("png", "svg"):
-        written.append(folder / f"{name}.{kind}")
-        figure.savefig(written[-1], metadata={"Date": None} if kind == "svg" else None)
-    return written
-
-
 def plots(results: dict[str, Any], folder: Path) -> list[Path]:
-    """Every picture of the study as PNG and SVG; what was written."""
+    """Every picture of the study; what was written."""
     with mpl.rc_context(STYLE):
         made = [*save(errors(results), folder, "errors"), *save(costs(results), folder, "costs"), *path_plot(folder)]
     return made

@@ -23,7 +23,7 @@ from gxpo_toy_tasks.quadratics import Quadratic, plain_steps
 Build = Callable[[int], Quadratic]  # seed -> problem
 Noise = Callable[[int], np.ndarray]  # pass -> added to the gradient, as a share of the first gradient's norm
 
-DIM, CAP, LEVEL, SMALL = 8, 800, 1e-4, 0.1
+DIM, CAP, LEVEL, LOST, SMALL = 8, 800, 1e-4, 1e6, 0.1
 QUICK_CAP = 120
 HORIZONS = (2, 3, 5, 10)
 RATES = (0.1, 0.5, 1.0, 1.9)  # times the largest eigenvalue, which is 1
@@ -133,23 +133,33 @@ def noises(seed: int, share: float) -> dict[str, Noise]:
 
 
 def costs_of(
-    build: Build, rule: Rule, lrs: Sequence[float], seeds: Sequence[int], cap: int = CAP
-) -> list[tuple[float, float]]:
-    """(outer steps, backward passes) for every rate, medians over seeds, until the distance to the minimum is LEVEL of
-    the first; inf where that took more than `cap` steps, or never came."""
+    builds: Sequence[Build], rule: Rule, lrs: Sequence[float], seeds: Sequence[int], cap: int = CAP
+) -> list[list[tuple[float, float]]]:
+    """(outer steps, backward passes) for every problem and rate, medians over seeds, until the distance to the minimum
+    is LEVEL of the first; inf where that took more than `cap` steps, or never came."""
+    many = 1 + max(seeds)
+    task = Descent(lambda seed: builds[seed // many](seed % many))  # problems side by side, as seeds are
+    runs = Runs([n * many + seed for n in range(len(builds)) for seed in seeds], lrs)
+    there = torch.zeros(len(runs), dtype=torch.bool)
+
+    def enough(off: Tensor) -> bool:
+        """Every row is there, or so far away that it will not be."""
+        there.logical_or_((off <= LEVEL) | ~(off < LOST))
+        return bool(there.all())
+
     settings = {"optimizer": "sgd", "max_grad_norm": None, "dtype": torch.float64}
-    curves = train(Descent(build), rule, Runs(seeds, lrs), cap, **settings)
+    curves = train(task, rule, runs, cap, enough=enough, **settings)
     found = []
     for row, curve in enumerate(curves.accuracy.T.numpy()):
         at = np.flatnonzero(curve <= LEVEL)
         found.append((float(at[0]), float(curves.passes[at[0], row])) if at.size else (np.inf, np.inf))
-    by_rate = np.array(found).reshape(len(lrs), len(seeds), 2)
-    return [tuple(np.median(rate, axis=0)) for rate in by_rate]
+    over_seeds = np.median(np.array(found).reshape(len(lrs), len(builds), len(seeds), 2), axis=2)
+    return [[tuple(rate) for rate in problem] for problem in over_seeds.swapaxes(0, 1)]
 
 
 def total(quick: bool) -> int:
     """How often `study` calls on_step."""
-    return len(PROBLEMS) + len(kept(quick)) * len(rules())
+    return len(PROBLEMS) + len(rules())
 
 
 def kept(quick: bool) -> list[str]:
@@ -175,16 +185,18 @@ def study(quick: bool = False, on_step: Callable[[], None] = lambda: None) -> di
             row = {"problem": name, "horizon": 5, "lr": 0.5, "estimator": "gradient", "noise": kind}
             errors.append({**row, "error": float(np.median(found))})
         on_step()
-    for name in kept(quick):
-        for rule_name, rule in rules().items():
-            lrs = (SMALL, *(OWN[8::2] if quick else OWN))
-            found = costs_of(PROBLEMS[name], rule, lrs, seeds, QUICK_CAP if quick else CAP)
+    lrs = (SMALL, *(OWN[8::2] if quick else OWN))
+    for rule_name, rule in rules().items():
+        builds = [PROBLEMS[name] for name in kept(quick)]
+        for name, found in zip(
+            kept(quick), costs_of(builds, rule, lrs, seeds, QUICK_CAP if quick else CAP), strict=True
+        ):
             best = min(range(1, len(lrs)), key=lambda n: found[n][1])
             for kind, n in (("same", 0), ("own best", best)):
                 steps, passes = (v if np.isfinite(v) else None for v in found[n])
                 row = {"problem": name, "rule": rule_name, "rate": kind, "lr": lrs[n]}
                 costs.append({**row, "steps": steps, "passes": passes})
-            on_step()
+        on_step()
     return {"kind": "quadratics", "versions": versions(), "quick": quick, "errors": errors, "costs": costs}
 
 
