@@ -31,12 +31,14 @@ import dataclasses
 import functools
 import math
 import statistics
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 __all__ = ["GXPO", "Gate", "GateState", "Report", "extrapolation_scale", "retention_ratio"]
@@ -227,6 +229,53 @@ def _norm(blocks: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(b) for b in blocks]))
 
 
+# ------------------------------------------------------------------------------------------------- tensors, on ranks
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (DTensor, as FSDP2 makes them); of any other, itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def _shards(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of ranks whose parts of p make up the whole. Replicas are in none: they would count twice."""
+    split = [n for n, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
+    return tuple(p.device_mesh.get_group(n) for n in split if p.device_mesh.size(n) > 1)
+
+
+def _over_shards(values: list[Tensor], params: Iterable[Tensor], power: int = 1) -> list[Tensor]:
+    """From a figure of this rank's part of each parameter that of the whole: their sum, or with power=2 the root of
+    their squares' sum. One all_reduce for each mesh that shards; none where nothing is sharded."""
+    alike: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
+    for n, p in enumerate(params):
+        alike.setdefault(_shards(p), []).append(n)
+    for groups, at in alike.items():
+        if groups:
+            whole = torch.stack([values[n].double() for n in at]) ** power
+            for group in groups:
+                dist.all_reduce(whole, group=group)
+            for n, value in zip(at, whole ** (1 / power), strict=True):
+                values[n] = value.to(values[n].dtype)
+    return values
+
+
+def _unfit(p: Tensor) -> str | None:
+    """Why GXPO cannot move p; None where it can."""
+    if p.is_complex():
+        return f"GXPO takes real parameters only, got {p.dtype}: use torch.view_as_real"
+    if getattr(p, "_fsdp_flattened", False):
+        return (
+            "these parameters belong to FSDP1 (FullyShardedDataParallel), whose flat shards hide which numbers make up "
+            "a tensor: use fully_shard (FSDP2), whose parameters are DTensors"
+        )
+    if hasattr(p, "ds_id"):
+        return "these parameters belong to DeepSpeed's engine, which gathers and steps them by itself: use FSDP2 or DDP"
+    return None
+
+
+# ------------------------------------------------------------------------------------------- the optimizer's own state
+
+
 _Saved = list[tuple[dict, dict]]  # (a live dict, its entries as key -> (value, copy of the value))
 
 
@@ -309,6 +358,9 @@ class _Step:
     norm: float = 0.0  # of the gradient at hand
     norms: list[float] = field(default_factory=list)
     loss: float | None = None
+    groups: list[Any] = field(default_factory=list)  # learning rates and parameters, as no pass may change them
+    replay: dict[Tensor, Tensor] | None = None  # check_same_batch: g0 as it was the first time
+    # Tensors from here on are this rank's parts, keyed by the whole parameter.
     theta0: dict[Tensor, Tensor] = field(default_factory=dict)
     kept: dict[Tensor, Tensor] = field(default_factory=dict)  # g0 (theta1 for the displacement's estimators), then q
     g0: dict[Tensor, Tensor] = field(default_factory=dict)  # for the statistic that needs it after q took its place
@@ -337,19 +389,26 @@ class GXPO(torch.optim.Optimizer):
     replay_rng: give every pass the random numbers of the first, so that dropout masks agree (not under lookahead(),
         where the first pass is the trainer's). BatchNorm still updates its running statistics in every pass: keep
         such layers in eval mode.
+    check_same_batch: a debugging aid: take the gradient at theta0 twice, RuntimeError where it comes out different (by
+        over 1 % of its norm), for then the passes do not see the same batch. Costs a fourth pass and a buffer.
+    process_group: the ranks that train together; None: all of them (torch.distributed's default group). Each rank's
+        gradient has to be that of all (DDP, or FSDP2, or tensors sharded as DTensors). Every decision is then taken
+        from the same figures on all. Ranks that train apart need a group each.
 
-    Raises ValueError for a value out of bounds, TypeError for a base that cannot be wrapped.
+    Raises ValueError for a value out of bounds, TypeError for a base or parameters that cannot be wrapped.
     """
 
     base: torch.optim.Optimizer
     gate: Gate
     gate_state: GateState
     report: Report | None  # of the last step
+    process_group: dist.ProcessGroup | None  # not kept by copies and pickles
 
     # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
     _step_supports_amp_scaling = True
     FAST_STEPS = 2
     _SETTINGS = ("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate", "rollback", "replay_rng")
+    _SETTINGS += ("check_same_batch",)
 
     def __init__(
         self,
@@ -363,12 +422,15 @@ class GXPO(torch.optim.Optimizer):
         gate: Gate | None = Gate(),
         rollback: bool = True,
         replay_rng: bool = True,
+        check_same_batch: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
+        if type(base).__module__.startswith("deepspeed") or type(base).__name__ == "ZeroRedundancyOptimizer":
+            raise TypeError(f"{type(base)} keeps its state on other ranks and steps by itself: use FSDP2 or DDP")
         if not isinstance(base, torch.optim.Optimizer) or isinstance(base, GXPO | torch.optim.LBFGS):
             raise TypeError(f"base must be a torch.optim.Optimizer that steps without a closure, got {type(base)}")
-        complex_dtypes = {p.dtype for g in base.param_groups for p in g["params"] if p.is_complex()}
-        if complex_dtypes:
-            raise TypeError(f"GXPO takes real parameters only, got {complex_dtypes}: use torch.view_as_real")
+        for why in filter(None, (_unfit(p) for g in base.param_groups for p in g["params"])):
+            raise TypeError(why)
         _require(_is_int(horizon, 2), "horizon", "an int >= 2", horizon)
         _require(_is_number(alpha) and alpha >= 0, "alpha", "a number >= 0", alpha)
         _require(estimator in ESTIMATORS, "estimator", f"one of {ESTIMATORS}", estimator)
@@ -376,13 +438,18 @@ class GXPO(torch.optim.Optimizer):
         clip_ok = max_grad_norm is None or _is_number(max_grad_norm, above=0)
         _require(clip_ok, "max_grad_norm", "None or a number > 0", max_grad_norm)
         _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
-        for name, value in (("rollback", rollback), ("replay_rng", replay_rng)):
+        for name, value in (
+            ("rollback", rollback),
+            ("replay_rng", replay_rng),
+            ("check_same_batch", check_same_batch),
+        ):
             _require(isinstance(value, bool), name, "True or False", value)
         self.base, self.gate_state, self.report = base, GateState(), None
         self.horizon, self.alpha, self.estimator, self.optimizer_state = horizon, alpha, estimator, optimizer_state
         self.max_grad_norm, self.gate = max_grad_norm, gate or Gate("never")
-        self.rollback, self.replay_rng = rollback, replay_rng
+        self.rollback, self.replay_rng, self.check_same_batch = rollback, replay_rng, check_same_batch
         self.__setstate__({})
+        self.process_group = process_group
 
     # -- the step
 
@@ -400,14 +467,17 @@ class GXPO(torch.optim.Optimizer):
         if step.ready:
             raise RuntimeError("lookahead() has returned False: call step() now, or abort()")
         try:
-            return self._lookahead(step)
+            more = self._lookahead(step)
+            step.groups = self._groups()  # as this pass left them: some optimizers adapt their learning rate
+            return more
         except BaseException:
             self.abort()
             raise
 
     def _lookahead(self, step: _Step) -> bool:
-        params = self._params_with_grad()
-        norm, loss, cosine = self._read(step, params)
+        params, norm, loss, cosine = self._read(step)
+        if self.check_same_batch and step.active and not step.passes and not self._seen_twice(step, params, norm):
+            return True
         step.passes, step.norm = step.passes + 1, norm
         first, fast = step.passes == 1, step.passes <= self.FAST_STEPS
         if step.outcome != "rolled back":  # there this pass repeats the first
@@ -421,15 +491,13 @@ class GXPO(torch.optim.Optimizer):
         if not step.active:
             step.ready = True
             return False
-        if first and self.gate.statistic == "supplied" and self._supplied is None:
-            raise RuntimeError("the gate's statistic is supplied: call observe(statistic=...) in the first pass")
 
-        step.theta0 |= {p: p.detach().clone() for p in params if p not in step.theta0}
+        step.theta0 |= {p: _local(p).detach().clone() for p in params if p not in step.theta0}
         if fast:
             if first and (self.rollback or self.optimizer_state == "restore"):
                 step.state = _copy_state(self.base)
             if first and self.gate.statistic == "disagreement":
-                step.g0 = {p: p.grad.clone() for p in params}
+                step.g0 = {p: _local(p.grad).clone() for p in params}
             self._clip(params, norm)
             self._fast_step(step, params)
             if step.passes == self.FAST_STEPS:
@@ -463,38 +531,41 @@ class GXPO(torch.optim.Optimizer):
         estimators that watch displacements), and turns it into q with the second."""
         first, by_gradient = step.passes == 1, self.estimator == "gradient"
         if by_gradient and first:
-            step.kept = {p: p.grad.clone() for p in params}
+            step.kept = {p: _local(p.grad).clone() for p in params}
         elif by_gradient:  # now, while the optimizer has not touched .grad
             step.kept = {p: g0 for p, g0 in step.kept.items() if p.grad is not None}
-            step.sum_q = [self._scale_(g0, g0, p.grad) for p, g0 in step.kept.items()]
+            step.sum_q = self._scale_(step.kept, {p: (g0, _local(p.grad)) for p, g0 in step.kept.items()})
         self.base.step()
         if not by_gradient and first:
-            step.kept = {p: p.detach().clone() for p in params}
+            step.kept = {p: _local(p).detach().clone() for p in params}
         elif not by_gradient:
-            step.sum_q = [self._scale_(theta1, step.theta0[p], theta1, p) for p, theta1 in step.kept.items()]
+            points = {p: (step.theta0[p], theta1, _local(p).detach()) for p, theta1 in step.kept.items()}
+            step.sum_q = self._scale_(step.kept, points)
 
-    def _scale_(self, out: Tensor, *observed: Tensor) -> Tensor:
-        """Write one tensor's q into `out`, from (g0, g1) or from (theta0, theta1, theta2); return the sum of q."""
+    def _scale_(self, out: dict[Tensor, Tensor], observed: dict[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
+        """Write each parameter's q into `out`, from (g0, g1) or from (theta0, theta1, theta2); return the sums of q."""
 
-        def changes() -> Iterator[tuple[Tensor, Tensor]]:
-            for block in _wide_blocks(*observed):
+        def changes(p: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            for block in _wide_blocks(*observed[p]):
                 yield block if len(block) == 2 else (block[1] - block[0], block[2] - block[1])  # u0, u1
 
-        size = _norm(before for before, _ in changes())
+        sizes = _over_shards([_norm(before for before, _ in changes(p)) for p in out], out, power=2)
         if self.estimator == "tensor":  # EST-12: <u0, u1> / <u0, u0>, by unit vectors because |u0|^2 may underflow
-            r = sum(((u0 / size) * (u1 / size)).sum() for u0, u1 in changes())
-            out.copy_(extrapolation_scale(r.nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0), self.horizon))
+            dots = [sum(((u0 / n) * (u1 / n)).sum() for u0, u1 in changes(p)) for p, n in zip(out, sizes, strict=True)]
+            for q, r in zip(out.values(), _over_shards(dots, out), strict=True):
+                q.copy_(extrapolation_scale(r.nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0), self.horizon))
         else:
-            rms = size / math.sqrt(max(1, out.numel()))
-            for (q,), (before, after) in zip(_blocks(out), changes(), strict=True):
-                q.copy_(extrapolation_scale(retention_ratio(before, after, rms), self.horizon))
-        return out.sum(dtype=_wide_dtype(out.dtype))
+            for p, size in zip(out, sizes, strict=True):
+                rms = size / math.sqrt(max(1, p.numel()))  # of the whole tensor, also where it is sharded (EST-02)
+                for (q,), (before, after) in zip(_blocks(out[p]), changes(p), strict=True):
+                    q.copy_(extrapolation_scale(retention_ratio(before, after, rms), self.horizon))
+        return [q.sum(dtype=_wide_dtype(q.dtype)) for q in out.values()]
 
     def _move(self, step: _Step) -> None:
         """theta~ = theta0 + alpha q (theta2 - theta0); q = 1 for a parameter without two gradients to compare."""
         for p, theta0 in step.theta0.items():
             q = [step.kept[p]] if p in step.kept else []
-            tensors = (p.detach(), theta0, *q)
+            tensors = (_local(p).detach(), theta0, *q)
             for (x, *_), (theta2, origin, *scale) in zip(_blocks(*tensors), _wide_blocks(*tensors), strict=True):
                 move = self.alpha * (theta2 - origin)
                 x.copy_(origin + (move * scale[0] if scale else move))
@@ -519,7 +590,7 @@ class GXPO(torch.optim.Optimizer):
                 step=self.gate_state.step,
                 outcome=step.outcome,
                 why=step.why or ("the gate closes" if active and closed else ""),
-                passes=step.passes,
+                passes=step.passes + (step.replay is not None),
                 loss=step.loss,
                 grad_norms=tuple(step.norms),
                 mean_q=step.mean_q,
@@ -633,6 +704,7 @@ class GXPO(torch.optim.Optimizer):
         self._require_idle("another step")
         closed_at = self.gate_state.fallback_step
         why = "" if self.active else "gate closed" if closed_at is None else f"gate closed at step {closed_at}"
+        self._begun += 1
         self._open = _Step(self.active, why=why)
         return self._open
 
@@ -642,7 +714,7 @@ class GXPO(torch.optim.Optimizer):
     def _rewind(self, step: _Step) -> None:
         """theta0, and s0 where it was copied; copy_ keeps the tensors that others hold."""
         for p, theta0 in step.theta0.items():
-            p.copy_(theta0)
+            _local(p).detach().copy_(theta0)
         if step.state is not None:
             _restore_state(self.base, step.state)
         self.zero_grad()
@@ -655,17 +727,88 @@ class GXPO(torch.optim.Optimizer):
             if p.grad.layout != torch.strided or p.grad.is_complex():
                 kind = f"{p.grad.layout} {p.grad.dtype}"
                 raise TypeError(f"GXPO takes dense real gradients only, got {kind} for a parameter of {tuple(p.shape)}")
+            layouts = [getattr(t, "placements", None) for t in (p, p.grad)]
+            if layouts[0] != layouts[1]:
+                raise TypeError(f"a gradient must be sharded as its parameter is, got {layouts[1]} for {layouts[0]}")
+            if why := _unfit(p):
+                raise TypeError(why)
         return params
 
-    def _read(self, step: _Step, params: list[Tensor]) -> tuple[float, float | None, float]:
-        """|g|, the loss, and cos(g0, g) where it is wanted: the one host sync of a pass."""
+    def _groups(self) -> list[Any]:
+        """Each group's learning rate (None for one on a device, which reading would wait for) and parameters."""
+        rates = [g.get("lr") for g in self.param_groups]
+        rates = [None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr or 0) for lr in rates]
+        return [(lr, [id(p) for p in g["params"]]) for lr, g in zip(rates, self.param_groups, strict=True)]
+
+    def _checked(self, step: _Step) -> list[Tensor]:
+        """The parameters with a gradient. Raises for a pass that cannot be used."""
+        step.groups = step.groups or self._groups()
+        if step.groups != self._groups():
+            raise RuntimeError(
+                "a learning rate or the set of parameters changed between the passes of one step: call schedulers, "
+                "add_param_group() and the like after the step, not in the closure"
+            )
+        if step.active and not step.passes and self.gate.statistic == "supplied" and self._supplied is None:
+            raise RuntimeError("the gate's statistic is supplied: call observe(statistic=...) in the first pass")
+        return self._params_with_grad()
+
+    def _read(self, step: _Step) -> tuple[list[Tensor], float, float | None, float]:
+        """The parameters with a gradient, |g|, the loss, and cos(g0, g) where it is wanted: the same on every rank."""
+        params, problem = [], None
+        try:
+            params = self._checked(step)
+        except (RuntimeError, TypeError) as error:
+            problem = error
+        rows = self._everyone([problem is not None, self._begun, step.passes])
+        if problem is not None:
+            raise problem
+        for rank, (failed, *_) in enumerate(rows):
+            if failed:
+                raise RuntimeError(
+                    f"rank {rank} cannot use its gradient, as its own error says: no rank makes this step"
+                )
+        if any(row != rows[0] for row in rows):
+            self._begun = max(int(begun) for _, begun, _ in rows)
+            raise RuntimeError(
+                "the ranks are not in the same pass of the same step: an exception was caught on one of them, say. All "
+                "are back where their steps began; let an exception end the step on every rank"
+            )
+
+        norm, loss, cosine = self._figures(step, params)
+        rows = self._everyone([norm, cosine, loss is not None, loss or 0.0, self._supplied or 0.0])
+        norms, cosines, told, losses, supplied = zip(*rows, strict=True)
+        if max(norms) > 1.001 * min(norms):
+            raise RuntimeError(
+                f"the norm of the gradient differs between ranks, {min(norms):g} to {max(norms):g}: it has to be the "
+                "gradient of all ranks' data (DDP, FSDP2; no no_sync() around the last micro-batch), of tensors that "
+                "are whole or DTensors. Ranks that train apart need a process_group each"
+            )
+        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
+        loss = sum(losses) / sum(told) if any(told) else None
+        self._supplied = None if self._supplied is None else sum(supplied) / len(supplied)
+        self._watch(norm)
+        return params, norm, loss, cosines[0]
+
+    def _everyone(self, mine: list[float]) -> list[list[float]]:
+        """A row of figures from each of the ranks that train together; without torch.distributed, just this one."""
+        ranks = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
+        if ranks < 2:
+            return [mine]
+        device = self.param_groups[0]["params"][0].device
+        rows = torch.zeros(ranks, len(mine), dtype=torch.float64, device=device)
+        rows[dist.get_rank(self.process_group)] = torch.tensor(mine, dtype=torch.float64)
+        dist.all_reduce(rows, group=self.process_group)
+        return rows.tolist()  # HOST SYNC, on several ranks only
+
+    def _figures(self, step: _Step, params: list[Tensor]) -> tuple[float, float | None, float]:
+        """|g|, the loss, and cos(g0, g) where it is wanted: the one host sync of a pass on one device."""
         last = step.active and step.passes == self.FAST_STEPS
-        dots = [(p.grad, step.g0[p]) for p in params if p in step.g0] if last else []
+        dots = {p: (_local(p.grad), step.g0[p]) for p in params if p in step.g0} if last else {}
         figures = {
-            "norm": [_norm(b for (b,) in _wide_blocks(p.grad)) for p in params],
+            "norm": _over_shards([_norm(b for (b,) in _wide_blocks(_local(p.grad))) for p in params], params, power=2),
             "loss": [self._loss.reshape(())] if isinstance(self._loss, Tensor) else [],
-            "dot": [sum((a * b).sum() for a, b in _wide_blocks(*pair)) for pair in dots],
-            "q": step.sum_q if last else [],
+            "dot": _over_shards([sum((a * b).sum() for a, b in _wide_blocks(*pair)) for pair in dots.values()], dots),
+            "q": _over_shards(step.sum_q, step.kept) if last else [],
         }
         device = params[0].device
         dtype = functools.reduce(torch.promote_types, {p.grad.dtype for p in params}, torch.float32)
@@ -682,11 +825,42 @@ class GXPO(torch.optim.Optimizer):
         sizes = step.norms[0] * norm if dots else 0.0
         return norm, loss, math.fsum(read["dot"]) / sizes if sizes else 0.0
 
+    def _watch(self, norm: float) -> None:
+        """Say once when gradients seem to come clipped already: norms that differ by rounding from a round number."""
+        at, (before, times) = float(f"{norm:.2g}"), self._pinned
+        near = at > 0 and max(abs(norm - at), abs(before - at)) <= 1e-3 * at
+        self._pinned = norm, times + (norm != before) if near else min(times, 0)  # the very same: a constant gradient
+        if self._pinned[1] == 8:
+            self._pinned = norm, -math.inf
+            warnings.warn(
+                f"the norm of the gradient stays at {at:g}: is it clipped in the closure, or before lookahead()? The "
+                "gate and the ratio have to see it as it was: use max_grad_norm",
+                stacklevel=2,
+            )
+
+    def _seen_twice(self, step: _Step, params: list[Tensor], norm: float) -> bool:
+        """check_same_batch: False after the first gradient at theta0, which has to come once more."""
+        grads = {p: _local(p.grad).clone() for p in params}
+        if step.replay is None:
+            step.replay = grads
+            self.zero_grad()
+            return False
+        seen = step.replay | grads
+        off = [(grads.get(p, 0.0) - step.replay.get(p, 0.0)).to(_wide_dtype(p.dtype)) for p in seen]
+        off = math.hypot(*torch.stack(_over_shards([_norm([x]) for x in off], seen, power=2)).tolist())
+        step.replay = {}
+        if off > 0.01 * norm:
+            raise RuntimeError(
+                f"check_same_batch: two gradients at theta0 differ by {off:.3g}, their norm is {norm:.3g}. Every pass "
+                "has to use the same batch, rewards, advantages, old log-probabilities and random numbers"
+            )
+        return True
+
     def _clip(self, params: list[Tensor], norm: float) -> None:
         c = clip_coefficient(norm, self.max_grad_norm)
         if c < 1:
             for p in params:
-                p.grad.mul_(c)
+                _local(p.grad).mul_(c)
 
     # -- being a torch.optim.Optimizer
 
@@ -707,14 +881,16 @@ class GXPO(torch.optim.Optimizer):
         return {**deepcopy(self.base.state_dict()), "gxpo": {"version": __version__, "gate": gate}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """From state_dict(), or from the base optimizer's own: the gate then starts anew."""
+        """From state_dict(); or from the base optimizer's own: the gate then starts anew; or {"gxpo": ...} alone, where
+        the base's has been loaded by other means (torch.distributed.checkpoint)."""
         self._require_idle("load_state_dict()")
         saved = state_dict.get("gxpo", {"gate": {}})
         unknown = saved["gate"].keys() - GateState.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(f"gxpo {__version__} cannot read {sorted(unknown)}, saved by {saved.get('version')}")
         gate_state = GateState(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()})
-        self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gxpo"})
+        if state_dict.keys() != {"gxpo"}:
+            self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gxpo"})
         self.gate_state = gate_state
 
     def _require_idle(self, what: str) -> None:
@@ -727,7 +903,7 @@ class GXPO(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # fills __dict__ and makes the hook registries
-        self._left = False
+        self._left, self._begun, self._pinned, self.process_group = False, 0, (0.0, 0), None
         self._close()
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             registry = f"_optimizer_{kind}_hooks"  # these run where the work is done, in the base; step hooks run here

@@ -282,7 +282,7 @@ def test_bases_that_cannot_be_wrapped() -> None:
         with pytest.raises(TypeError, match="base must be a torch.optim.Optimizer that steps without a closure"):
             GXPO(base)
     spin = torch.ones(2, dtype=torch.complex64, requires_grad=True)
-    with pytest.raises(TypeError, match="real parameters only, got {torch.complex64}"):
+    with pytest.raises(TypeError, match="real parameters only, got torch.complex64"):
         GXPO(torch.optim.SGD([spin], lr=0.1))
 
 
