@@ -456,18 +456,20 @@ def test_rates_and_parameters_that_change_inside_a_step(what: str, at: int) -> N
     """A scheduler in the closure steps three times a batch, and the fast steps are of unlike length: r means nothing.
     In pass 1 it can be seen only once it does it again."""
     case = Case(lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1) if what == "a tensor's value" else 0.1, momentum=0.9))
-    base, new = case.opt.base, torch.ones(1, requires_grad=True)
+    base = case.opt.base
     run = case.closure()
     before = case.snapshot()
 
     def closure() -> Tensor:
         loss = run()
-        if case.calls >= at and what == "scheduler":
+        if case.calls < at:
+            return loss
+        if what == "scheduler":
             base.param_groups[0]["lr"] *= 0.9
-        elif case.calls == max(at, 2) and what == "add_param_group":
-            base.add_param_group({"params": [new]})
-        elif case.calls >= at:
+        elif what == "a tensor's value":
             base.param_groups[0]["lr"].mul_(0.9)
+        else:
+            base.add_param_group({"params": [torch.ones(1, requires_grad=True)]})
         return loss
 
     with pytest.raises(RuntimeError, match="a learning rate or the set of parameters changed between the passes"):
