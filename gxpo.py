@@ -407,8 +407,10 @@ class GXPO(torch.optim.Optimizer):
     # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
     _step_supports_amp_scaling = True
     FAST_STEPS = 2
-    _SETTINGS = ("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate", "rollback", "replay_rng")
-    _SETTINGS += ("check_same_batch",)
+    _SETTINGS = (
+        *("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate"),
+        *("rollback", "replay_rng", "check_same_batch"),
+    )
 
     def __init__(
         self,
@@ -438,11 +440,8 @@ class GXPO(torch.optim.Optimizer):
         clip_ok = max_grad_norm is None or _is_number(max_grad_norm, above=0)
         _require(clip_ok, "max_grad_norm", "None or a number > 0", max_grad_norm)
         _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
-        for name, value in (
-            ("rollback", rollback),
-            ("replay_rng", replay_rng),
-            ("check_same_batch", check_same_batch),
-        ):
+        switches = {"rollback": rollback, "replay_rng": replay_rng, "check_same_batch": check_same_batch}
+        for name, value in switches.items():
             _require(isinstance(value, bool), name, "True or False", value)
         self.base, self.gate_state, self.report = base, GateState(), None
         self.horizon, self.alpha, self.estimator, self.optimizer_state = horizon, alpha, estimator, optimizer_state
@@ -469,6 +468,7 @@ class GXPO(torch.optim.Optimizer):
         try:
             more = self._lookahead(step)
             step.groups = self._groups()  # as this pass left them: some optimizers adapt their learning rate
+            torch.clear_autocast_cache()  # or, inside one autocast block, theta0's casts would answer for theta1
             return more
         except BaseException:
             self.abort()
@@ -695,6 +695,11 @@ class GXPO(torch.optim.Optimizer):
         return self.gate.is_open(self.gate_state)
 
     def _begin(self) -> _Step:
+        if "base" not in self.__dict__:
+            raise RuntimeError(
+                "this wrapper only looks like a GXPO (Lightning's self.optimizers()): call passes() and lookahead() on "
+                "the GXPO itself, self.optimizers().optimizer"
+            )
         if self._left:
             self._left = False
             raise RuntimeError(
@@ -710,6 +715,7 @@ class GXPO(torch.optim.Optimizer):
 
     def _close(self) -> None:
         self._open = self._loss = self._supplied = None
+        torch.clear_autocast_cache()
 
     def _rewind(self, step: _Step) -> None:
         """theta0, and s0 where it was copied; copy_ keeps the tensors that others hold."""
@@ -777,13 +783,14 @@ class GXPO(torch.optim.Optimizer):
         norm, loss, cosine = self._figures(step, params)
         rows = self._everyone([norm, cosine, loss is not None, loss or 0.0, self._supplied or 0.0])
         norms, cosines, told, losses, supplied = zip(*rows, strict=True)
-        if max(norms) > 1.001 * min(norms):
+        finite = all(map(math.isfinite, norms))
+        if finite and max(norms) > 1.001 * min(norms):
             raise RuntimeError(
                 f"the norm of the gradient differs between ranks, {min(norms):g} to {max(norms):g}: it has to be the "
                 "gradient of all ranks' data (DDP, FSDP2; no no_sync() around the last micro-batch), of tensors that "
                 "are whole or DTensors. Ranks that train apart need a process_group each"
             )
-        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
+        norm = norms[0] if finite else math.nan
         loss = sum(losses) / sum(told) if any(told) else None
         self._supplied = None if self._supplied is None else sum(supplied) / len(supplied)
         self._watch(norm)
@@ -794,7 +801,7 @@ class GXPO(torch.optim.Optimizer):
         ranks = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
         if ranks < 2:
             return [mine]
-        device = self.param_groups[0]["params"][0].device
+        device = next(p.device for g in self.param_groups for p in g["params"])
         rows = torch.zeros(ranks, len(mine), dtype=torch.float64, device=device)
         rows[dist.get_rank(self.process_group)] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(rows, group=self.process_group)
@@ -847,7 +854,7 @@ class GXPO(torch.optim.Optimizer):
             return False
         seen = step.replay | grads
         off = [(grads.get(p, 0.0) - step.replay.get(p, 0.0)).to(_wide_dtype(p.dtype)) for p in seen]
-        off = math.hypot(*torch.stack(_over_shards([_norm([x]) for x in off], seen, power=2)).tolist())
+        off = math.hypot(*map(float, _over_shards([_norm([x]) for x in off], seen, power=2)))
         step.replay = {}
         if off > 0.01 * norm:
             raise RuntimeError(
@@ -873,6 +880,15 @@ class GXPO(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.base.zero_grad(set_to_none)
+
+    def train(self) -> None:
+        """For bases with two modes (schedule-free), which trainers switch; nothing for others."""
+        getattr(self.base, "train", bool)()
+
+    def eval(self) -> None:
+        """As train()."""
+        self._require_idle("eval()")
+        getattr(self.base, "eval", bool)()
 
     def state_dict(self) -> dict[str, Any]:
         """The base's, tensors cloned, and "gxpo": plain scalars. Loads into a GXPO or into the base alone."""

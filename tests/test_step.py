@@ -293,6 +293,7 @@ def test_a_pasted_copy_checks_itself() -> None:
 
 
 @pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_one_host_sync_a_pass() -> None:
     """Every sync stalls the GPU; one a pass is what deciding takes."""
     net = model("cuda", torch.float32)
