@@ -650,10 +650,10 @@ class GXPO(torch.optim.Optimizer):
             raise
 
     def _passes(self, last: Callable[[], None]) -> Iterator[int]:
-        step = self._begin()
+        step = self._begin(owned=True)
         try:
-            step.owned = True
-            rng = _rng_states([p for g in self.param_groups for p in g["params"]]) if self.replay_rng else []
+            params = [p for g in self.param_groups for p in g["params"]]
+            rng = _rng_states(params) if self.replay_rng else []
             while True:
                 self.zero_grad()
                 yield step.passes
@@ -662,6 +662,9 @@ class GXPO(torch.optim.Optimizer):
                 for setter, state in rng:
                     setter(state)
             last()
+            for p in params:
+                if p.grad is not None:
+                    p.grad._spent_by_gxpo = True
         except BaseException:
             self.abort()
             raise
@@ -694,7 +697,7 @@ class GXPO(torch.optim.Optimizer):
         """Whether the next step is an active one (three passes) or a single pass."""
         return self.gate.is_open(self.gate_state)
 
-    def _begin(self) -> _Step:
+    def _begin(self, owned: bool = False) -> _Step:
         if "base" not in self.__dict__:
             raise RuntimeError(
                 "this wrapper only looks like a GXPO (Lightning's self.optimizers()): call passes() and lookahead() on "
@@ -707,10 +710,16 @@ class GXPO(torch.optim.Optimizer):
                 "or return in it); if it was meant, or you caught an exception, call abort() first"
             )
         self._require_idle("another step")
+        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        if owned and not all(hasattr(grad, "_spent_by_gxpo") for grad in grads):
+            raise RuntimeError(
+                "there are gradients that no pass has made, and this step would lose them: every micro-batch belongs "
+                "into every pass (with Lightning, accumulate_grad_batches=1). If they are old ones, zero_grad() first"
+            )
         closed_at = self.gate_state.fallback_step
         why = "" if self.active else "gate closed" if closed_at is None else f"gate closed at step {closed_at}"
         self._begun += 1
-        self._open = _Step(self.active, why=why)
+        self._open = _Step(self.active, owned, why=why)
         return self._open
 
     def _close(self) -> None:

@@ -403,6 +403,7 @@ def test_an_enabled_grad_scaler_is_refused(as_keyword: bool) -> None:
     with pytest.raises(RuntimeError, match="GradScaler"):
         scaler.step(case.opt, closure=case.closure()) if as_keyword else scaler.step(case.opt, case.closure())
     assert same(case.snapshot(), before)
+    case.opt.zero_grad()
     case.step()
     torch.amp.GradScaler("cpu", enabled=False).step(case.opt, case.closure())
     assert case.opt.report.outcome == "active"
@@ -583,3 +584,33 @@ def test_check_same_batch_changes_no_number_and_sees_dropout_that_is_not_replaye
     careless = GXPO(torch.optim.AdamW([w], lr=0.1), check_same_batch=True, replay_rng=False)
     with pytest.raises(RuntimeError, match="random numbers"):
         careless.step(lambda: backward(torch.nn.functional.dropout(w * w, 0.5).sum()))
+
+
+@pytest.mark.parametrize("interface", ["closure", "passes"])
+def test_gradients_from_before_a_step_are_not_dropped_in_silence(interface: str) -> None:
+    """The first micro-batches, accumulated outside the closure, would be zeroed away and the run look healthy. What a
+    step itself has left in .grad is old, and so is what was zeroed."""
+    case = Case()
+
+    def step() -> None:
+        if interface == "closure":
+            case.step()
+            return
+        run = case.closure()
+        for _ in case.opt.passes():
+            run()
+
+    for _ in range(2):
+        step()
+    case.opt.zero_grad(set_to_none=False)
+    step()
+    case.opt.zero_grad()
+    case.closure()()
+    before, grads = case.snapshot(), [p.grad.clone() for p in case.params]
+    with pytest.raises(RuntimeError, match="there are gradients that no pass has made, and this step would lose them"):
+        step()
+    assert same(case.snapshot(), before)
+    assert all(torch.equal(p.grad, g) for p, g in zip(case.params, grads, strict=True))
+    case.opt.zero_grad()
+    step()
+    assert case.opt.report.active
