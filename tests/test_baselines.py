@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from gxpo import GXPO, Gate
-from gxpo_reference import bench
 from gxpo_reference.baselines import GRPO, SFPO
 
 
@@ -79,11 +78,3 @@ def test_sfpos_gate_watches_the_entropy_both_ways() -> None:
     default = SFPO(torch.optim.SGD([theta], lr=0.01))
     with pytest.raises(RuntimeError, match=r"call observe\(statistic=...\)"):
         default.step(lambda: (loss := loss_of(theta), loss.backward())[0])
-
-
-def test_the_cost_benchmark_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    """README's figures come from it; what they are is for a quiet machine to say."""
-    bench.main(["--width", "16", "--layers", "1", "--batch", "1", "--rounds", "1"])
-    printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 6
-    assert printed[1].endswith("1.00 plain steps")

@@ -90,7 +90,7 @@ def test_gxpo_py_follows_the_scale_vectors() -> None:
 def test_gxpo_py_follows_the_ratio_vectors() -> None:
     for case in vectors.load("ratio"):
         g0, g1 = (case[c] * torch.tensor(case[g], dtype=torch.float64) for g, c in (("g0", "c0"), ("g1", "c1")))
-        r = gxpo.retention_ratio(g0, g1, g0.square().mean().sqrt())
+        r = gxpo.retention_ratio(g0, g1, g0.square().mean().sqrt().item())
         off = (gxpo.extrapolation_scale(r, case["horizon"]) - torch.tensor(case["q"], dtype=torch.float64)).abs()
         assert (off <= torch.tensor(case["tolerance"], dtype=torch.float64)).all(), case["id"]
 

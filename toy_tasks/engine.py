@@ -228,7 +228,7 @@ class Trainer:
         before, after = (c0_g0, c1_g1) if self.rule.estimator == "gradient" else (u0, u1)
         count = torch.tensor(self.sizes, dtype=before.dtype, device=self.device)[self.tensor]
         rms = (self.per_tensor(before * before) / count).sqrt()
-        return extrapolation_scale(retention_ratio(before, after, rms), self.rule.horizon)
+        return extrapolation_scale(retention_ratio(before / rms, after / rms, 1.0), self.rule.horizon)
 
     def step(self, number: int) -> dict[str, Tensor]:
         """One outer step of every row; what there is to record of it."""
