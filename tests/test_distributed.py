@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from gxpo import GXPO, Gate
@@ -47,10 +48,10 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 # ---------------------------------------------------------------------------------------------------- the training
 
 
-def network() -> nn.Sequential:
+def network(hidden: int = 5) -> nn.Sequential:
     """Sizes that neither 2 nor 3 divide, and a last layer of which most ranks have nothing."""
     torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(7, 5), nn.Tanh(), nn.Linear(5, 1)).double()
+    return nn.Sequential(nn.Linear(7, hidden), nn.Tanh(), nn.Linear(hidden, 1)).double()
 
 
 def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
@@ -62,10 +63,14 @@ def batch(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, Tensor]:
     return x[mine], y[mine]
 
 
-def wrapped(kind: str, world: int) -> nn.Module:
-    net = network()
+def wrapped(kind: str, world: int, hidden: int = 5) -> nn.Module:
+    net = network(hidden)
     if kind == "ddp":
         return DistributedDataParallel(net)
+    if "tp" in kind:  # the first layer's rows and the last one's columns are split; a bias in between is whole
+        mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(net, mesh["tp"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        return fully_shard(net, mesh=mesh["dp"]) if kind == "fsdp + tp" else net
     if kind == "fsdp":
         mesh = init_device_mesh("cpu", (world,))
     elif kind == "hsdp":
@@ -102,19 +107,23 @@ def seen(opt: GXPO) -> tuple[str, dict[str, float]]:
     return opt.report.outcome, opt.report.metrics("")
 
 
-def train(rank: int, world: int, kind: str, settings: Settings, steps: int = 40) -> tuple[list[Tensor], list[Any]]:
-    model = wrapped(kind, world)
+def train(
+    rank: int, world: int, kind: str, settings: Settings, steps: int = 40, hidden: int = 5
+) -> tuple[list[Tensor], list[Any]]:
+    model = wrapped(kind, world, hidden)
     opt = optimizer(model, **settings)
     reports = []
+    if "tp" in kind:  # ranks that share every tensor see the same data
+        rank, world = rank // 2, world // 2
     for number in range(steps):
         step(model, opt, number, rank, world)
         reports.append(seen(opt))
     return whole(model), reports
 
 
-def alone(settings: Settings, steps: int = 40) -> tuple[list[Tensor], list[Any]]:
+def alone(settings: Settings, steps: int = 40, hidden: int = 5) -> tuple[list[Tensor], list[Any]]:
     """The same in this process, on all the data."""
-    return train(0, 1, "", settings, steps)
+    return train(0, 1, "", settings, steps, hidden)
 
 
 SETTINGS: dict[str, Settings] = {
@@ -125,14 +134,33 @@ SETTINGS: dict[str, Settings] = {
 }
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-@pytest.mark.parametrize(("kind", "world"), [("ddp", 2), ("ddp", 3), ("fsdp", 2), ("fsdp", 3), ("hsdp", 4)])
+FEW, MANY = ["as it comes", "tensor, disagreement"], list(SETTINGS)
+PLACES = {
+    ("ddp", 2): MANY,
+    ("ddp", 3): FEW,
+    ("fsdp", 2): MANY,
+    ("fsdp", 3): MANY,
+    ("hsdp", 4): FEW,
+    ("tp", 2): FEW,
+    ("fsdp + tp", 4): FEW,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "settings"),
+    [
+        pytest.param(kind, world, SETTINGS[name], id=f"{kind} on {world}, {name}")
+        for (kind, world), names in PLACES.items()
+        for name in names
+    ],
+)
 def test_ranks_train_as_one_process_does(ranks: Ranks, kind: str, world: int, settings: Settings) -> None:
     """Norms over a shard, or over replicas twice, would clip, extrapolate and fall back otherwise."""
-    parameters, reports = alone(settings)
+    hidden = 6 if "tp" in kind else 5  # torch's tensor parallelism wants it even
+    parameters, reports = alone(settings, hidden=hidden)
     outcomes = [outcome for outcome, _ in reports]
     assert {"active", "single"} <= set(outcomes) or "base" in settings  # or the gate is not shown to agree
-    for there, told in ranks.run(train, world, kind, settings):
+    for there, told in ranks.run(train, world, kind, settings, 40, hidden):
         assert [outcome for outcome, _ in told] == outcomes
         for (_, mine), (_, theirs) in zip(reports, told, strict=True):
             assert theirs == pytest.approx(mine, rel=1e-6)
