@@ -1,0 +1,3 @@
+"""GXPO inside other people's trainers."""
+
+from __future__ import annotations
