@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ else:
     import tomli as tomllib
 
 try:
-    import matplotlib  # noqa: F401 (what draws needs it)
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    if importlib.util.find_spec("matplotlib") is None:  # loaded when there is something to draw
+        raise ModuleNotFoundError(name="matplotlib")
 except ImportError as missing:
     sys.exit(f'gxpo-toys needs {missing.name}: pip install "gxpo[toys]" (from a checkout: pip install -e ".[toys]")')
 
@@ -27,7 +30,6 @@ import torch
 
 from gxpo_toy_tasks.engine import OPTIMIZERS
 from gxpo_toy_tasks.experiment import ABOUT, TASKS, Comparison, Plan, write
-from gxpo_toy_tasks.plots import draw
 from gxpo_toy_tasks.report import show
 
 QUADRATICS = "quadratics"
@@ -118,7 +120,7 @@ def run(given: argparse.Namespace, console: Console) -> None:
     except (ValueError, OSError) as error:
         raise BadOption(str(error)) from error
     with Bar(console, "", len(comparison.jobs()) * plan.length) as bar:
-        results = comparison.go(bar.on, lambda phase: bar.on(0, PHASES[phase]))
+        results = comparison.go(bar.on, lambda phase: bar.on(0, PHASES[phase]), drawing)
     show(results, console)
     finish(results, folder, console)
 
@@ -134,9 +136,16 @@ def run_quadratics(folder: Path, quick: bool, console: Console) -> None:
     finish(results, folder, console)
 
 
+def drawing() -> Callable[[dict[str, Any], Path], list[Path]]:
+    """matplotlib is half a second to load: not before it is needed, or while there is nothing else to do."""
+    from gxpo_toy_tasks.plots import draw
+
+    return draw
+
+
 def finish(results: dict[str, Any], folder: Path, console: Console) -> None:
     with console.status("drawing"):
-        drawn = draw(results, folder)
+        drawn = drawing()(results, folder)
     pictures = ", ".join(path.name for path in drawn if path.suffix == ".png")
     console.print(f"\n{folder / 'results.json'} has every number; pictures beside it: {pictures}", highlight=False)
 
@@ -188,7 +197,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--optimizer", choices=tuple(OPTIMIZERS), help="of every rule (default: adamw)")
     one.add_argument("--device", choices=("cpu", "cuda"), help="default: cpu")
     one.add_argument(
-        "--quick", action="store_true", default=None, help="a few seconds: two seeds, fewer steps, no tuning"
+        "--quick", action="store_true", default=None, help="a few seconds: two seeds, 20 steps, no tuning, no SVG"
     )
     one.add_argument("--config", metavar="FILE", help="TOML with any of these settings; flags go on top")
     one.set_defaults(function=run)

@@ -144,7 +144,7 @@ class Plan:
     @property
     def length(self) -> int:
         steps = self.steps or self.setting.steps
-        return min(steps, 30) if self.quick else steps
+        return min(steps, 20) if self.quick else steps
 
     @property
     def test_seeds(self) -> list[int]:
@@ -213,18 +213,22 @@ class Comparison:
         return cell["lrs"][int(np.argmax(np.median(mean_accuracy(accuracy), axis=1)))]
 
     def go(
-        self, on_step: Callable[[int], None] = lambda steps: None, on_phase: Callable[[str], None] = lambda phase: None
+        self,
+        on_step: Callable[[int], None] = lambda steps: None,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        meanwhile: Callable[[], object] = lambda: None,
     ) -> dict[str, Any]:
         """Train every cell that is not there yet; the results, as they are in results.json.
 
-        on_step is told how many steps were done since it was called last, on_phase which phase begins.
+        on_step is told how many steps were done since it was called last, on_phase which phase begins; meanwhile is
+        called while workers are at it, for what the caller will need afterwards.
         """
         for phase in dict.fromkeys(phase for phase, _ in self.jobs()):
             names = [name for at, name in self.jobs() if at == phase]
             missing = [name for name in names if f"{phase}/{name}" not in self.cells]
             on_step(self.plan.length * (len(names) - len(missing)))
             on_phase(phase)
-            for name, cell in self.trained(missing, [self.runs(phase, name) for name in missing], on_step):
+            for name, cell in self.trained(missing, [self.runs(phase, name) for name in missing], on_step, meanwhile):
                 self.cells[f"{phase}/{name}"] = cell
                 self.save()
         order = [f"{phase}/{name}" for phase, name in self.jobs()]
@@ -232,7 +236,9 @@ class Comparison:
         self.save()
         return self.results()
 
-    def trained(self, names: list[str], runs: list[Runs], on_step: Callable[[int], None]) -> Iterator[tuple[str, Cell]]:
+    def trained(
+        self, names: list[str], runs: list[Runs], on_step: Callable[[int], None], meanwhile: Callable[[], object]
+    ) -> Iterator[tuple[str, Cell]]:
         """(rule, its cell) as they are done, several at a time where the machine allows it."""
         workers = min(len(names), workers_for(self.plan.device))
         if workers < 2:
@@ -244,6 +250,7 @@ class Comparison:
         with ProcessPoolExecutor(workers, fork, _inherit, (self, done, stop)) as pool:
             try:
                 cells = {pool.submit(_cell, name, rows): name for name, rows in zip(names, runs, strict=True)}
+                meanwhile()
                 while cells:
                     for ready in wait(cells, timeout=0.1, return_when=FIRST_COMPLETED).done:
                         yield cells.pop(ready), ready.result()

@@ -175,10 +175,12 @@ def results_length(cell: dict[str, Any]) -> int:
     return len(cell["accuracy"][0]) - 1
 
 
-def save(figure: Figure, folder: Path, name: str) -> list[Path]:
-    """As PNG and SVG; what was written."""
+def save(figure: Figure, folder: Path, name: str, quick: bool) -> list[Path]:
+    """As PNG and, where it need not be quick, SVG; what was written."""
     written = [folder / f"{name}.png", folder / f"{name}.svg"]
     figure.savefig(written[0])
+    if quick:
+        return written[:1]
     figure.set_layout_engine("none")  # all is in its place: finding it again would take as long as drawing
     figure.savefig(written[1], metadata={"Date": None})
     return written
@@ -192,4 +194,7 @@ def draw(results: dict[str, Any], folder: Path) -> list[Path]:
         return plots(results, folder)
     with mpl.rc_context(STYLE):
         made = {"learning": learning(results), "by_rate": by_rate(results), "inside": inside(results)}
-        return [path for name, figure in made.items() if figure is not None for path in save(figure, folder, name)]
+        quick = results["plan"]["quick"]
+        return [
+            path for name, figure in made.items() if figure is not None for path in save(figure, folder, name, quick)
+        ]

@@ -46,9 +46,9 @@ def errors(results: dict[str, Any]) -> Figure:
 def costs(results: dict[str, Any]) -> Figure:
     """Backward passes to 1e-4 for every rule, own best rate, a panel a problem."""
     problems = list(dict.fromkeys(row["problem"] for row in results["costs"]))
-    figure = Figure(figsize=(11, 0.42 * len(rules()) * ((len(problems) + 1) // 2) + 1.2), layout="constrained")
+    names = list(rules(results["quick"]))
+    figure = Figure(figsize=(11, 0.42 * len(names) * ((len(problems) + 1) // 2) + 1.2), layout="constrained")
     panels = figure.subplots((len(problems) + 1) // 2, 2, squeeze=False, sharey=True)
-    names = list(rules())
     for axes, problem in zip(panels.flat, problems, strict=False):
         rows = [of(results["costs"], problem=problem, rule=name, rate="own best") for name in names]
         passes = [row["passes"] or 0 for row in rows]
@@ -152,7 +152,7 @@ def near(axes: Axes, points: list[np.ndarray], margin: float) -> None:
     axes.set(xlim=(middle[0] - half, middle[0] + half), ylim=(middle[1] - half, middle[1] + half))
 
 
-def path_plot(folder: Path) -> list[Path]:
+def path() -> Figure:
     figure = Figure(figsize=(6.4, 6.4), layout="constrained")
     axes = figure.subplots()
     ground(axes)
@@ -162,7 +162,7 @@ def path_plot(folder: Path) -> list[Path]:
     told = {"textcoords": "offset points", "color": "#444444", "fontsize": 9}
     axes.annotate(f"dotted: {HORIZON} plain steps", step["path"][-1], (10, -14), **told)
     axes.set_title("One step of GXPO on a quadratic: three gradients", loc="left")
-    return save(figure, folder, "path")
+    return figure
 
 
 def animate(path: Path, steps: int = 3) -> None:
@@ -193,5 +193,5 @@ def animate(path: Path, steps: int = 3) -> None:
 def plots(results: dict[str, Any], folder: Path) -> list[Path]:
     """Every picture of the study; what was written."""
     with mpl.rc_context(STYLE):
-        made = [*save(errors(results), folder, "errors"), *save(costs(results), folder, "costs"), *path_plot(folder)]
-    return made
+        made = {"errors": errors(results), "costs": costs(results), "path": path()}
+        return [p for name, figure in made.items() for p in save(figure, folder, name, results["quick"])]
