@@ -66,7 +66,8 @@ def retention_ratio(before: Tensor, after: Tensor, rms: float) -> Tensor:
     where the ratio is finite (EST-04). Elsewhere r is 0, for which q is exactly 1: not extrapolated.
     """
     # hardshrink: 0 where a coordinate takes no part, so that its ratio is not finite. A mask is five times as slow.
-    return (after / torch.hardshrink(before, 1e-3 * rms)).nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0)
+    r = torch.hardshrink(before, 1e-3 * rms)
+    return torch.div(after, r, out=r).nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0)
 
 
 def extrapolation_scale(r: Tensor, horizon: int) -> Tensor:
@@ -75,13 +76,12 @@ def extrapolation_scale(r: Tensor, horizon: int) -> Tensor:
     1 + r divides S_K for even K, which leaves 1 + r^2 + r^4 + ... + r^(K-2). Odd K goes up to r^(K-3) and adds
     r^(K-1) / (1 + r), with q = 1 at the pole. (1 - r^K) / (1 - r), the textbook form, loses r = 1 (EXT-03).
     """
-    r2, one = r * r, r.new_ones(())
-    q = torch.ones_like(r)
+    r2, q, one = r * r, torch.ones_like(r), r.new_ones(())
     for _ in range(horizon // 2 - 1):
-        q = torch.addcmul(one, r2, q)
+        torch.addcmul(one, r2, q, out=q)
     if horizon % 2:
         # Minus over -(1 + r), made 0 within 1e-8: minus infinity at the pole, which the clamp makes 1.
-        q.addcdiv_(r2 ** (horizon // 2), torch.hardshrink(-1.0 - r, 1e-8), value=-1.0)
+        q.addcdiv_(r2.pow_(horizon // 2), torch.hardshrink(-1.0 - r, 1e-8), value=-1.0)
         q.nan_to_num_(nan=1.0)  # inf - inf, for r < -1 alone, where q is negative: 1 after the clamp, too (EXT-04)
     return q.clamp_(1.0, horizon / 2 + 1)
 
@@ -212,7 +212,7 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """The same rows of every tensor, some at a time: temporaries stay small and, on a CPU, in cache."""
     first = tensors[0]
-    block = 2**16 if first.device.type == "cpu" else 2**24
+    block = 2**17 if first.device.type == "cpu" else 2**24
     if first.dim() == 0 or first.numel() <= block:
         yield tensors
     else:
