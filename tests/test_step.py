@@ -308,3 +308,24 @@ def test_one_host_sync_a_pass() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(caught) == 3
+
+
+@pytest.mark.parametrize("estimator", ["gradient", "displacement"])
+def test_tensors_larger_than_a_block_are_treated_whole(estimator: str, device: str) -> None:
+    """Large tensors are worked on in blocks of rows; a block left out, or an RMS of one block alone, would show where
+    no small test looks. On a diagonal quadratic alpha = 1 makes a step K + 1 plain ones, 3 where |g0| is too small."""
+    shapes = [(700, 301), (301, 700), (1, 200_003), (200_003,), (3, 5)]
+    wide = {"dtype": torch.float64, "device": device}
+    thetas = [torch.ones(shape, **wide).requires_grad_() for shape in shapes]
+    thetas[1] = torch.ones(700, 301, **wide).T.detach().requires_grad_()  # other strides
+    curvatures = [torch.linspace(1e-4, 1.0, p.numel(), **wide).view(p.shape) for p in thetas]
+    opt = GXPO(torch.optim.SGD(thetas, lr=0.5), horizon=5, alpha=1.0, estimator=estimator)
+    for _ in opt.passes():
+        sum(0.5 * (c * p * p).sum() for c, p in zip(curvatures, thetas, strict=True)).backward()
+    for c, p in zip(curvatures, thetas, strict=True):
+        takes_part = c > 1e-3 * c.square().mean().sqrt()
+        assert 0 < takes_part.sum() < c.numel() or c.numel() == 15
+        want = torch.where(takes_part, (1 - 0.5 * c) ** 6, (1 - 0.5 * c) ** 3)
+        torch.testing.assert_close(p.detach(), want, rtol=0, atol=1e-13)
+    norm = sum(c.square().sum().item() for c in curvatures) ** 0.5
+    assert opt.report.grad_norms[0] == pytest.approx(norm, rel=1e-12)
