@@ -324,7 +324,7 @@ class Report:
     outcome: str  # "active", "single", "rolled back" (to a single pass) or "skipped" (nothing changed)
     why: str
     passes: int  # gradients taken
-    loss: float | None  # at theta0
+    loss: float | None  # at theta0; the mean over ranks
     grad_norms: tuple[float, ...]  # |g0|, |g1|, |g~|, before clipping
     mean_q: float | None  # over all coordinates
     multiplier: float | None  # 1 + 2 alpha mean_q: a plain step at so many times the learning rate moves about as far
@@ -681,7 +681,7 @@ class GXPO(torch.optim.Optimizer):
     def observe(self, *, loss: Tensor | float | None = None, statistic: Tensor | float | None = None) -> None:
         """Hand in what gradients do not show. `loss`: of the pass being made; a non-finite one fails the pass.
         `statistic`: for Gate(statistic="supplied"), a finite number measured at theta0; only a step's first counts.
-        step(closure) reports the loss by itself."""
+        step(closure) reports the loss by itself. On several ranks both are averaged over them."""
         if loss is not None:
             if isinstance(loss, Tensor) and loss.numel() != 1:
                 raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
