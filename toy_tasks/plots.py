@@ -28,6 +28,8 @@ COLOURS = {
 }
 STYLE = {
     "figure.dpi": 110,
+    "figure.constrained_layout.w_pad": 0.1,  # inches: titles stand at the very edge otherwise
+    "figure.constrained_layout.h_pad": 0.1,
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
