@@ -587,7 +587,7 @@ def test_a_max_grad_norm_that_agrees_is_taken(make: Callable[..., GRPOTrainer]) 
     ("pretended", "error", "message"),
     [
         ({"is_deepspeed_enabled": True}, RuntimeError, "DeepSpeed is enabled .* run without it"),
-        ({"is_fsdp_enabled": True, "fsdp_version": 1}, RuntimeError, "fsdp_version = 1.* run without FSDP"),
+        ({"is_fsdp_enabled": True, "fsdp_version": 1}, RuntimeError, "fsdp_version = 1.* set fsdp_version to 2"),
         ({"mixed_precision": "fp16"}, ValueError, "accelerate's mixed precision is fp16.* set bf16=True"),
     ],
 )

@@ -113,7 +113,7 @@ class GXPOMixin:
         if version == 1:
             raise RuntimeError(
                 "the FSDP plugin has fsdp_version = 1, where each rank would see the norm and the ratio of its own "
-                "shard only: run without FSDP"
+                "shard only: set fsdp_version to 2"
             )
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
