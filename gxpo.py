@@ -803,8 +803,8 @@ class GXPO(torch.optim.Optimizer):
         if finite and max(norms) > 1.001 * min(norms):
             raise RuntimeError(
                 f"the norm of the gradient differs between ranks, {min(norms):g} to {max(norms):g}: it has to be the "
-                "gradient of all ranks' data (DDP, FSDP2; no no_sync() around the last micro-batch), of tensors that "
-                "are whole or DTensors. Ranks that train apart need a process_group each"
+                "gradient of all ranks' data (DDP, FSDP2; no no_sync() around the last micro-batch; not a pipeline's "
+                "stages), of tensors that are whole or DTensors. Ranks that train apart need a process_group each"
             )
         norm = norms[0] if finite else math.nan
         loss = sum(losses) / sum(told) if any(told) else None

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -319,6 +320,27 @@ def test_gradients_that_are_not_everybodys_are_refused(ranks: Ranks) -> None:
     """A forgotten DDP wrapper trains as many models as there are ranks, and no curve shows it."""
     for said in ranks.run(not_averaged, 2, False):
         assert "the norm of the gradient differs between ranks" in said
+
+
+def pipelined(rank: int, world: int) -> tuple[str, bool]:
+    torch.manual_seed(rank)
+    module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+    stage = PipelineStage(module, rank, world, torch.device("cpu"))
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, target: (y - target).square().mean())
+    opt, before = optimizer(module), whole(module)
+    try:
+        for _ in opt.passes():
+            schedule.step(*([torch.ones(8, 4)] if rank == 0 else []), **({"target": torch.zeros(8, 4)} if rank else {}))
+    except RuntimeError as error:
+        return str(error), all(torch.equal(a, b) for a, b in zip(before, whole(module), strict=True))
+    return "trained", False
+
+
+def test_a_pipeline_is_refused(ranks: Ranks) -> None:
+    """Each stage would clip by the norm of its own layers, and one might close its gate while the others wait."""
+    for said, untouched in ranks.run(pipelined, 2):
+        assert "not a pipeline's stages" in said
+        assert untouched
 
 
 def test_ranks_with_a_group_each_train_apart(ranks: Ranks) -> None:
