@@ -163,9 +163,9 @@ class Gate:
         """(mu, sigma) of the past, the new observation never included (GAT-02); None while there is too little."""
         if self.baseline == "ema":  # two unscored: (1, 1) is no knowledge of anybody's norms (GAT-18)
             return None if s.seen < 2 else (s.mean, max(math.sqrt(s.variance), 0.01))
-        if s.seen < self.window:
-            return None
         past = s.history[-self.window :]
+        if len(past) < self.window:
+            return None
         mu = math.fsum(past) / self.window
         return mu, math.sqrt(math.fsum((h - mu) * (h - mu) for h in past) / self.window)  # ** raises on overflow
 
@@ -180,10 +180,10 @@ class Gate:
             surprising = z is not None and (abs(z) if self.two_sided else z) >= self.threshold
             streak = s.streak + 1 if surprising else 0
             history, reference = (*s.history, h)[-max(self.window, 10) :], s.reference
-            closes = streak == self.patience
+            closes = streak >= self.patience
             if self.level is not None and reference is not None and len(history) >= 10:
                 closes = closes or statistics.median(history[-10:]) > self.level * reference
-            if s.seen + 1 == self.window:
+            if reference is None and len(history) >= self.window:
                 reference = math.fsum(history[-self.window :]) / self.window
             s = dataclasses.replace(
                 s,
@@ -210,13 +210,16 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of every tensor, some at a time: temporaries stay small and, on a CPU, in cache."""
+    """The same rows of every tensor, some at a time: temporaries stay small and, on a CPU, in cache. Where one row is
+    larger than a block, the same slices of the longest dimension."""
     first = tensors[0]
     block = 2**17 if first.device.type == "cpu" else 2**24
     if first.dim() == 0 or first.numel() <= block:
         yield tensors
     else:
-        yield from zip(*(t.split(max(1, block * len(first) // first.numel())) for t in tensors), strict=True)
+        dim = 0 if first.numel() <= block * len(first) else first.shape.index(max(first.shape))
+        width = max(1, block * first.shape[dim] // first.numel())
+        yield from zip(*(t.split(width, dim) for t in tensors), strict=True)
 
 
 def _wide_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -287,12 +290,13 @@ def _copy_state(opt: torch.optim.Optimizer) -> tuple[dict, _Saved]:
         kept = {k: v for k, v in d.items() if k != "params"}
         return {k: (v, v.clone() if isinstance(v, Tensor) else deepcopy(v)) for k, v in kept.items()}
 
-    return dict(opt.state), [(d, entries(d)) for d in (*opt.state.values(), *opt.param_groups)]
+    dicts = [d for d in opt.state.values() if isinstance(d, dict)]  # one per parameter; some keep a counter beside
+    return dict(opt.state), [(d, entries(d)) for d in (*dicts, *opt.param_groups)]
 
 
 def _restore_state(opt: torch.optim.Optimizer, saved: tuple[dict, _Saved]) -> None:
-    """The same tensors with their old values; entries made since then removed. Never through load_state_dict, which
-    may cast (ATM-02)."""
+    """The same tensors with their old values (copies of those inside lists and dicts); entries made since then removed.
+    Never through load_state_dict, which may cast (ATM-02)."""
     state, dicts = saved
     for p in opt.state.keys() - state.keys():
         del opt.state[p]
@@ -434,6 +438,8 @@ class GXPO(torch.optim.Optimizer):
             raise TypeError(f"{type(base)} keeps its state on other ranks and steps by itself: use FSDP2 or DDP")
         if not isinstance(base, torch.optim.Optimizer) or isinstance(base, GXPO | torch.optim.LBFGS):
             raise TypeError(f"base must be a torch.optim.Optimizer that steps without a closure, got {type(base)}")
+        if not hasattr(base, "_optimizer_state_dict_pre_hooks"):  # accelerate's prepared optimizer, for one
+            raise TypeError(f"{type(base)} only wraps an optimizer: give that one to GXPO, and GXPO to prepare()")
         for why in filter(None, (_unfit(p) for g in base.param_groups for p in g["params"])):
             raise TypeError(why)
         _require(_is_int(horizon, 2), "horizon", "an int >= 2", horizon)
@@ -463,7 +469,8 @@ class GXPO(torch.optim.Optimizer):
         this again. False: .grad holds the last gradient, UNCLIPPED; clip it if you like and call step() without a
         closure. If anything fails in between, call abort(). step(closure) and passes() are built on this.
 
-        Raises RuntimeError where no parameter has a gradient, TypeError for sparse ones; both leave all as it was.
+        Raises RuntimeError where no parameter has a gradient, TypeError for sparse ones. Both end the step: parameters
+        and optimizer state are as before it, .grad is empty.
         """
         step = self._open or self._begin()
         if step.ready:
@@ -622,7 +629,8 @@ class GXPO(torch.optim.Optimizer):
         Without a closure: the last optimizer step after a lookahead() that has returned False.
 
         Raises TypeError where the closure returns None, RuntimeError for no gradients, an enabled GradScaler or a call
-        inside passes(). These, and whatever the closure raises, leave parameters and optimizer state as they were.
+        inside passes(). These, and whatever the closure raises, leave parameters and optimizer state as they were
+        (under FSDP2, see abort()).
         """
         if hasattr(self, "found_inf"):
             del self.found_inf, self.grad_scale
@@ -646,15 +654,12 @@ class GXPO(torch.optim.Optimizer):
     def passes(self) -> Iterator[int]:
         """One outer step as a loop: `for _ in opt.passes(): loss_fn(batch).backward()`. Yields the pass's number.
 
-        Runs three times while active, once after fallback (a fourth or second time after a non-finite pass). Leaving
+        Runs three times while active, once after fallback. A non-finite pass 2 or 3 is followed by one more turn, which
+        ends the step from theta0; check_same_batch numbers two turns 0. Leaving
         it early (break, return, an exception that you catch) puts everything back; so that a forgotten break cannot
         pass for training, the next step then raises RuntimeError once, unless abort() was called.
         """
-        try:
-            yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
-        except GeneratorExit:
-            self._left = True
-            raise
+        yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
 
     def _passes(self, last: Callable[[], None]) -> Iterator[int]:
         step = self._begin(owned=True)
@@ -664,6 +669,8 @@ class GXPO(torch.optim.Optimizer):
             while True:
                 self.zero_grad()
                 yield step.passes
+                if self._open is not step:
+                    raise RuntimeError("abort() was called inside the loop: leave it")
                 if not self.lookahead():
                     break
                 for setter, state in rng:
@@ -672,8 +679,10 @@ class GXPO(torch.optim.Optimizer):
             for p in params:
                 if p.grad is not None:
                     p.grad._spent_by_gxpo = True
-        except BaseException:
-            self.abort()
+        except BaseException as error:
+            if self._open is step:
+                self.abort()
+                self._left = isinstance(error, GeneratorExit) and last != self._last_step  # passes(), left by a break
             raise
 
     # -- what goes with it
@@ -685,6 +694,7 @@ class GXPO(torch.optim.Optimizer):
         if loss is not None:
             if isinstance(loss, Tensor) and loss.numel() != 1:
                 raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
+            loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
             self._loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
         if statistic is not None and self._supplied is None:
             value = float(statistic)
@@ -693,7 +703,11 @@ class GXPO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def abort(self) -> None:
-        """Drop the step in progress: parameters and optimizer state are as before it. Harmless where there is none."""
+        """Drop the step in progress: parameters and optimizer state are as before it. Harmless where there is none.
+
+        Under FSDP2 an exception that is caught may leave modules gathered, at the point that was dropped: call
+        module.reshard() on every FSDPModule before the model is used again.
+        """
         if self._open is not None:
             self._rewind(self._open)
         self._close()

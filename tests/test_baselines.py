@@ -78,3 +78,13 @@ def test_sfpos_gate_watches_the_entropy_both_ways() -> None:
     default = SFPO(torch.optim.SGD([theta], lr=0.01))
     with pytest.raises(RuntimeError, match=r"call observe\(statistic=...\)"):
         default.step(lambda: (loss := loss_of(theta), loss.backward())[0])
+
+
+def test_sfpo_has_its_authors_defaults() -> None:
+    """K = 3, alpha = 0.8 and an entropy gate of window 30 that closes at once and for good."""
+    theta = torch.ones(2, requires_grad=True)
+    opt = SFPO(torch.optim.SGD([theta], lr=0.1), rollback=False)
+    gate = opt.gate
+    assert (opt.horizon, opt.alpha, opt.rollback) == (3, 0.8, False)
+    assert (gate.statistic, gate.baseline, gate.window) == ("supplied", "window", 30)
+    assert (gate.threshold, gate.patience, gate.two_sided, gate.cooldown) == (1.0, 1, True, None)

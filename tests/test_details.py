@@ -36,6 +36,44 @@ def test_the_level_rule_reads_the_last_ten_and_no_more() -> None:
     assert other_closed[15:17] == [None, 16]
 
 
+def watched(gate: Gate, values: list[float], state: GateState | None = None) -> tuple[GateState, list[float | None]]:
+    state, scores = state or GateState(), []
+    for h in values:
+        state, z, _ = gate.after(state, True, h)
+        scores.append(z)
+    return state, scores
+
+
+def test_a_checkpoint_read_with_a_longer_window_waits_until_it_is_full() -> None:
+    """Thirty values taken for a hundred make mu small and sigma large: the first z of a resumed run would be noise."""
+    past, _ = watched(Gate(window=4), [1.0, 1.2, 0.8, 1.1, 1.0, 0.9, 1.1, 1.0, 1.2, 0.8, 1.0, 1.1])
+    assert len(past.history) == 10  # what the level rule reads is the most that is kept
+    values = [1.0, 0.9, 1.1, 1.0]
+    _, scores = watched(Gate(window=12), values, past)
+    assert scores[:2] == [None, None]
+    mu = math.fsum(whole := [*past.history, *values[:2]]) / 12
+    sigma = math.sqrt(math.fsum((h - mu) ** 2 for h in whole) / 12)
+    assert scores[2] == pytest.approx((values[2] - mu) / sigma, rel=1e-6)
+
+
+def test_a_checkpoint_read_with_less_patience_closes_at_the_next_surprise() -> None:
+    """Its open streak may be longer than the new patience, and would never be equal to it."""
+    steady = [1.0, 1.2, 0.8, 1.1]
+    past, _ = watched(Gate(window=4, patience=5), [*steady, 9.0, 9.0, 9.0])
+    assert past.streak == 3
+    state, _ = watched(Gate(window=4, patience=2), [9.0], past)
+    assert state.fallback_step == 7
+
+
+def test_the_level_rule_gets_its_reference_on_a_resumed_run_too() -> None:
+    """From the first full window it sees, where a checkpoint was made too early for the old one."""
+    past, _ = watched(Gate(window=30, threshold=1e12), [2.0] * 20)
+    assert past.reference is None
+    state, _ = watched(Gate(window=10, threshold=1e12, level=2.0), [2.0] * 3, past)
+    assert state.reference == 2.0
+    assert watched(Gate(window=10, threshold=1e12, level=2.0), [5.0] * 10, state)[0].fallback_step is not None
+
+
 def optimizer(*tensors: torch.Tensor, **settings: object) -> GXPO:
     return GXPO(torch.optim.SGD(tensors, lr=0.1), **settings)
 

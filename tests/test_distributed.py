@@ -6,6 +6,7 @@ in which steps were active, not in what happens when something goes wrong.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -349,6 +350,84 @@ def test_ranks_with_a_group_each_train_apart(ranks: Ranks) -> None:
     assert not torch.equal(first[0], second[0])
 
 
+def two_pairs(rank: int, world: int) -> tuple[float, list[Tensor]]:
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine, inside = groups[rank // 2], rank % 2
+    model = DistributedDataParallel(network(), process_group=mine)
+    opt = optimizer(model, process_group=mine, gate=Gate("supplied", window=2))
+    for number in range(3):
+        x, y = batch(number + 10 * (rank // 2), inside, 2)
+        for _ in opt.passes():
+            loss = (1.0 + rank // 2) * (model(x) - y).square().mean()
+            opt.observe(loss=loss, statistic=float(rank))
+            loss.backward()
+    return opt.report.statistic, whole(model)
+
+
+def test_groups_of_several_ranks_train_apart(ranks: Ranks) -> None:
+    """Two pairs: what a pair reads is the pair's, by its own numbers within the group."""
+    answers = ranks.run(two_pairs, 4)
+    assert [statistic for statistic, _ in answers] == [0.5, 0.5, 2.5, 2.5]
+    (a, b), (c, d) = ([params[0] for _, params in pair] for pair in (answers[:2], answers[2:]))
+    assert torch.equal(a, b)
+    assert torch.equal(c, d)
+    assert not torch.equal(a, c)
+
+
+def one_is_sparse(rank: int, world: int) -> str:
+    model = nn.Embedding(6, 2, sparse=rank == 1)
+    opt = optimizer(model, base=torch.optim.SGD)
+    model(torch.tensor([1, 2])).sum().backward()
+    try:
+        opt.lookahead()
+    except (RuntimeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "trained"
+
+
+def test_a_gradient_of_a_wrong_kind_on_one_rank_is_an_error_on_all(ranks: Ranks) -> None:
+    """Or the others would wait for it in a collective."""
+    first, second = ranks.run(one_is_sparse, 2)
+    assert first.startswith("RuntimeError: rank 1 cannot use its gradient")
+    assert second.startswith("TypeError: GXPO takes dense real gradients only")
+
+
+def one_tells(rank: int, world: int) -> float | None:
+    model = wrapped("ddp", world)
+    opt = optimizer(model)
+    x, y = batch(0)
+    for _ in opt.passes():
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        if rank == 0:
+            opt.observe(loss=loss)
+    return opt.report.loss
+
+
+def test_a_loss_that_one_rank_knows_is_everybodys(ranks: Ranks) -> None:
+    """The last stage of a loss, or the rank that logs. The mean is over those that told it."""
+    x, y = batch(0)
+    assert ranks.run(one_tells, 2) == pytest.approx([(network()(x) - y).square().mean().item()] * 2)
+
+
+def without_second_gradients(rank: int, world: int, kind: str) -> float | None:
+    model = wrapped(kind, world)
+    opt = optimizer(model)
+    x, y = batch(0, rank, world)
+    for turn in opt.passes():
+        (model(x) - y).square().mean().backward()
+        if turn == 1:
+            for p in list(model.parameters())[:2]:
+                p.grad = None
+    return opt.report.mean_q
+
+
+def test_mean_q_counts_whole_tensors_on_every_rank(ranks: Ranks) -> None:
+    """Those without a second gradient count as one, all of them and once, however they are sharded."""
+    expected = without_second_gradients(0, 1, "")
+    assert ranks.run(without_second_gradients, 2, "fsdp") == pytest.approx([expected] * 2)
+
+
 def supplies(rank: int, world: int) -> list[float]:
     model = wrapped("ddp", world)
     opt = optimizer(model, gate=Gate("supplied", window=2))
@@ -385,6 +464,64 @@ def test_the_same_batch_is_checked_on_all_ranks(ranks: Ranks, kind: str) -> None
     assert ranks.run(draws_anew, 2, kind, False) == ["active, 4 passes"] * 2
     for said in ranks.run(draws_anew, 2, kind, True):
         assert said.startswith("check_same_batch: two gradients at theta0 differ")
+
+
+def differs_in_one_shard(rank: int, world: int) -> str:
+    model = wrapped("fsdp", world)
+    opt = optimizer(model, check_same_batch=True)
+    x, y = batch(0, rank, world)
+    try:
+        for turn, _ in enumerate(opt.passes()):
+            (model(x) - y).square().mean().backward()
+            if turn == 1 and rank == 1:
+                for p in model.parameters():
+                    p.grad.to_local().mul_(1.3)
+    except RuntimeError as error:
+        return str(error)
+    return "trained"
+
+
+def test_the_same_batch_is_checked_over_all_shards(ranks: Ranks) -> None:
+    """A rank that judged by its own shard alone would stop while the others go on."""
+    for said in ranks.run(differs_in_one_shard, 2):
+        assert said.startswith("check_same_batch: two gradients at theta0 differ")
+
+
+def caught_in_a_pass(rank: int, world: int, at: int, whole_time: bool) -> list[float]:
+    model = network()
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh, reshard_after_forward=not whole_time)
+    opt = optimizer(model)
+    x, y = batch(0, rank, world)
+    calls = iter(range(1, 9))
+
+    def closure() -> Tensor:
+        loss = (model(x) - y).square().mean()
+        if next(calls) == at:
+            raise MemoryError
+        loss.backward()
+        return loss
+
+    def loss() -> float:
+        with torch.no_grad():
+            return (model(x) - y).square().mean().item()
+
+    before = loss()
+    with contextlib.suppress(MemoryError):
+        opt.step(closure)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    return [before, loss()]
+
+
+@pytest.mark.parametrize("whole_time", [False, True])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_after_a_caught_exception_resharding_shows_theta0(ranks: Ranks, at: int, whole_time: bool) -> None:
+    """What abort()'s docstring tells users of FSDP2, whose gathered weights would be those of the dropped point."""
+    for before, after in ranks.run(caught_in_a_pass, 2, at, whole_time):
+        assert before == after
 
 
 def counts(rank: int, world: int, kind: str) -> list[int]:

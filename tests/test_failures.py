@@ -286,6 +286,37 @@ def test_bases_that_cannot_be_wrapped() -> None:
         GXPO(torch.optim.SGD([spin], lr=0.1))
 
 
+class OnlyWraps(torch.optim.Optimizer):
+    """As accelerate prepares them: an Optimizer by name, with nothing that its class's constructor makes."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.defaults = optimizer, optimizer.param_groups, optimizer.defaults
+
+
+def test_a_base_that_only_wraps_another_is_refused() -> None:
+    theta = torch.ones(2, requires_grad=True)
+    with pytest.raises(TypeError, match=r"only wraps an optimizer: give that one to GXPO, and GXPO to prepare\(\)"):
+        GXPO(OnlyWraps(torch.optim.SGD([theta], lr=0.1)))
+
+
+class Counts(torch.optim.SGD):
+    """A counter of steps beside the parameters' state, as some optimizers outside torch keep it."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step()
+        self.state["steps"] = self.state.get("steps", 0) + 1
+
+
+@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
+def test_state_that_belongs_to_no_parameter(policy: str) -> None:
+    case = Case(lambda p: Counts(p, lr=0.1), optimizer_state=policy)
+    case.step()
+    assert case.opt.state["steps"] == {"keep": 3, "restore": 1}[policy]
+    with pytest.raises(KeyboardInterrupt):
+        case.opt.step(case.closure(fail_at=3, how=interrupt))
+    assert case.opt.state["steps"] == {"keep": 3, "restore": 1}[policy]
+
+
 def refused(case: Case, error: type[Exception], message: str, call: Callable[[], Any]) -> None:
     """The error, and everything as it was, and a good step afterwards."""
     before = case.snapshot()
@@ -365,6 +396,77 @@ def test_passes_left_half_way(turns: int) -> None:
     leave()
     case.opt.abort()  # meant
     case.step()
+
+
+@pytest.mark.parametrize("leaves", [True, False])
+def test_abort_inside_passes(leaves: bool) -> None:
+    """Going on would take the loop's next turn for the first of another step, which nobody clips."""
+    case = Case(max_grad_norm=0.1)
+    before = case.snapshot()
+
+    def loop() -> None:
+        for _ in case.opt.passes():
+            case.closure()()
+            case.opt.abort()
+            if leaves:
+                break
+
+    if leaves:  # meant, and said so: the next step is not stopped
+        loop()
+        assert same(case.snapshot(), before)
+        case.step()
+        assert case.opt.report.outcome == "active"
+    else:
+        refused(case, RuntimeError, r"abort\(\) was called inside the loop: leave it", loop)
+
+
+@pytest.mark.parametrize("interface", ["closure", "passes"])
+def test_a_loop_dropped_earlier_does_not_touch_a_later_step(interface: str) -> None:
+    """A traceback keeps the failed loop alive; when it goes, in the middle of a healthy step, that step stays whole."""
+    case, twin = Case(), Case()
+    kept: list[Any] = [case.opt.passes()]
+    next(kept[0])
+    case.opt.abort()
+
+    def closure() -> Tensor:
+        kept.clear()  # the interpreter closes the dropped loop here
+        return run()
+
+    run = case.closure()
+    if interface == "closure":
+        case.opt.step(closure)
+    else:
+        for _ in case.opt.passes():
+            closure()
+    twin.step()
+    assert all(torch.equal(a, b) for a, b in zip(case.params, twin.params, strict=True))
+    assert case.opt.report.outcome == "active"
+    case.step()  # nor does it make the next one raise
+
+
+def test_eval_in_the_middle_of_a_step() -> None:
+    """A schedule-free base would swap its weights under the passes."""
+    case = Case()
+    case.closure()()
+    case.opt.lookahead()
+    with pytest.raises(RuntimeError, match=r"eval\(\) in the middle of a step"):
+        case.opt.eval()
+    case.opt.abort()
+
+
+def test_a_loss_is_of_its_own_pass() -> None:
+    """Handed in before the pass is taken in; one kept from an earlier pass would fail or save another."""
+    case = Case(gate=None)
+    for turn in range(4):
+        case.opt.zero_grad()
+        case.closure()()
+        if turn == 1:
+            case.opt.observe(loss=float("inf"))
+        if not case.opt.lookahead():
+            break
+    case.opt.step()
+    assert case.opt.report.outcome == "rolled back"
+    assert case.opt.report.why == "non-finite loss in pass 2"
 
 
 def test_a_step_left_open_by_lookahead() -> None:
@@ -569,6 +671,33 @@ def test_a_batch_drawn_anew_in_each_pass_is_found_by_check_same_batch(interface:
     layer.zero_grad()
     same = run(iter([torch.ones(5, 3)] * 9))
     assert (same.report.outcome, same.report.passes) == ("active", 4)
+
+
+@pytest.mark.parametrize("scale", [1.05, 1.001])
+def test_check_same_batch_asks_for_one_percent(scale: float) -> None:
+    """Kernels that add in another order differ by rounding; another batch by more than a hundredth."""
+    theta = torch.ones(3, requires_grad=True)
+    opt = GXPO(torch.optim.SGD([theta], lr=0.1), check_same_batch=True)
+    scales = iter((1.0, scale, 1.0, 1.0))
+
+    def run() -> None:
+        opt.step(lambda: backward(next(scales) * theta.square().sum()))
+
+    if scale > 1.01:
+        with pytest.raises(RuntimeError, match="check_same_batch"):
+            run()
+    else:
+        run()
+        assert opt.report.outcome == "active"
+
+
+def test_check_same_batch_sees_a_parameter_that_only_the_second_batch_reaches() -> None:
+    """An expert that only some batches are routed to."""
+    theta, expert = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    opt = GXPO(torch.optim.SGD([theta, expert], lr=0.1), check_same_batch=True)
+    routed = iter((False, True, True, True))
+    with pytest.raises(RuntimeError, match="check_same_batch"):
+        opt.step(lambda: backward(theta.square().sum() + (expert.square().sum() if next(routed) else 0.0)))
 
 
 def test_check_same_batch_changes_no_number_and_sees_dropout_that_is_not_replayed() -> None:
