@@ -169,7 +169,8 @@ def with_trl(rank: int, world: int, folder: str, fsdp: bool) -> Run:
     from gxpo_reference.trainers.tiny_models import tiny_model, tiny_tokenizer
     from gxpo_reference.trainers.trl_gxpo import GXPOTrainer
 
-    size = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 5, "max_steps": 8}
+    batch = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}  # the first half without averaging
+    size = {"num_generations": 4, "max_completion_length": 5, "max_steps": 8, **batch}
     quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "logging_steps": 1, "log_level": "error"}
     trainer = GXPOTrainer(
         tiny_model(),

@@ -7,6 +7,7 @@ rollouts, logs or checkpoints that differ from those of the trainer they know.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from gxpo import GXPO, Gate
@@ -202,6 +204,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "trainer": {"eval_dataset": DIGITS.select(range(2))}},
     "no clipping": {"max_grad_norm": 0.0},
+    "top entropy": {"top_entropy_quantile": 0.4},
     "trl's own loss": {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
 }
 
@@ -391,6 +394,82 @@ def test_a_step_is_that_of_a_closure_with_old_log_probabilities_at_theta0(
         torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)
 
 
+def test_every_pass_is_of_the_same_tokens(run: Callable[..., GRPOTrainer]) -> None:
+    """With top_entropy_quantile only some tokens count. Chosen anew at theta1 they would be others, and the ratio would
+    measure that."""
+    chosen: list[Tensor] = []
+
+    class Watches(GXPOTrainer):
+        def get_high_entropy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+            chosen.append(super().get_high_entropy_mask(*args, **kwargs))
+            return chosen[-1]
+
+    run(Watches, gxpo={"gate": None}, max_steps=1, **SETTINGS["top entropy"] | {"gradient_accumulation_steps": 2})
+    first, second = chosen[:2]
+    assert not torch.equal(first, second)
+    assert [a is b for a, b in zip(chosen, [first, second] * 3, strict=True)] == [True] * 6
+
+
+def test_another_models_log_probabilities_are_not_taken_for_the_policys(run: Callable[..., GRPOTrainer]) -> None:
+    """A loss that asks a teacher, after the policy: its answer as the old log-probabilities would be another loss."""
+
+    class AsksATeacher(GXPOTrainer):
+        def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+            loss = super()._compute_loss(model, inputs)
+            ids, mask = (
+                torch.cat([inputs[f"prompt_{what}"], inputs[f"completion_{what}"]], 1) for what in ("ids", "mask")
+            )
+            with torch.no_grad():
+                self._get_per_token_logps_and_entropies(self.ref_model, ids, mask, inputs["completion_ids"].size(1))
+            return loss
+
+    asks, does_not = (run(cls, gxpo={"gate": None}, beta=0.1) for cls in (AsksATeacher, GXPOTrainer))
+    assert passes(asks) == [3, 3, 3, 3]
+    assert same(weights(asks), weights(does_not))
+
+
+def test_a_checkpoint_on_sigterm_is_made_after_the_step(make: Callable[..., GRPOTrainer]) -> None:
+    """transformers would save between the passes and the step: the weights of theta~, and an optimizer in mid-step."""
+    trainer = make(gxpo={"gate": None}, enable_jit_checkpoint=True)
+    (jit,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
+    training_step = trainer.training_step
+
+    def told_to_stop(*args: Any, **kwargs: Any) -> Tensor:
+        jit.jit_manager.is_checkpoint_requested = trainer.state.global_step == 1
+        return training_step(*args, **kwargs)
+
+    trainer.training_step = told_to_stop
+    trainer.train()
+    assert trainer.state.global_step == 2
+    after, checkpoint = weights(trainer), Path(trainer.args.output_dir) / "checkpoint-2"
+    resumed = make(gxpo={"gate": None})
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert resumed.gxpo.gate_state.step == 4
+    plain = make(gxpo={"gate": None})
+    plain.train()
+    assert same(weights(plain), weights(resumed))
+    assert not same(after, weights(plain))
+
+
+def test_nothing_is_recorded_while_the_gate_is_closed(run: Callable[..., GRPOTrainer]) -> None:
+    """A batch of long completions kept for nothing is memory that a plain trainer has."""
+    kept: list[int] = []
+
+    class Watches(GXPOTrainer):
+        def _gxpo_replay(self, model: Any) -> None:
+            kept.append(len(self._gxpo_batches))
+            super()._gxpo_replay(model)
+
+    run(Watches, gxpo=CLOSED)
+    run(Watches, gxpo={"gate": None}, max_steps=1)
+    assert kept == [0, 0, 0, 0, 1]
+
+
+def test_without_replay_rng_the_passes_draw_their_own_numbers(run: Callable[..., GRPOTrainer]) -> None:
+    trainer = run(gxpo={"gate": None, "replay_rng": False}, learning_rate=0.0, **SETTINGS["dropout"])
+    assert len(set(trainer.gxpo.report.grad_norms)) == 3
+
+
 def test_an_adaptive_entropy_bonus_follows_the_first_pass(run: Callable[..., GRPOTrainer]) -> None:
     """Otherwise the bonus is steered by the entropy at a point that the policy only passes through."""
     runs = [run(cls, max_steps=1, **SETTINGS["adaptive entropy"]) for cls in (GRPOTrainer, GXPOTrainer)]
@@ -404,6 +483,8 @@ def test_entropy_is_supplied_to_a_gate_that_wants_it(run: Callable[..., GRPOTrai
     trainer = run(gxpo={"gate": Gate("supplied")}, **SETTINGS["accumulation"])
     steps = trainer.state.log_history[:-1]
     assert [entry["gxpo/statistic"] for entry in steps] == pytest.approx([entry["entropy"] for entry in steps])
+    seldom = run(gxpo={"gate": Gate("supplied")}, logging_steps=4, **SETTINGS["accumulation"])
+    assert seldom.gxpo.report.statistic == trainer.gxpo.report.statistic  # of the step, not of all since the last log
 
 
 def test_an_optimizer_passed_in_is_wrapped(make: Callable[..., GRPOTrainer]) -> None:
@@ -531,15 +612,18 @@ def test_an_exception_before_the_last_step_leaves_no_trace(make: Callable[..., G
 
 
 @pytest.mark.parametrize("failing", [2, 3])
-def test_a_loss_that_is_not_finite_makes_a_plain_step(run: Callable[..., GRPOTrainer], failing: int) -> None:
+@pytest.mark.parametrize("how", ["gradient and loss", "loss alone"])
+def test_a_loss_that_is_not_finite_makes_a_plain_step(run: Callable[..., GRPOTrainer], failing: int, how: str) -> None:
     """Otherwise one overflow at a point nobody asked for ends the run."""
+    factor, term = (torch.nan, 0.0) if how == "gradient and loss" else (1.0, torch.inf)
 
     class Overflows(GXPOTrainer):
         calls = 0
 
         def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
             self.calls += 1
-            return super().compute_loss(*args, **kwargs) * (torch.nan if self.calls == failing else 1.0)
+            loss = super().compute_loss(*args, **kwargs)
+            return loss * factor + term if self.calls == failing else loss
 
     plain, trainer = run(GRPOTrainer, max_steps=1), run(Overflows, max_steps=1)
     assert trainer.gxpo.report.outcome == "rolled back"
@@ -577,7 +661,7 @@ def test_wrong_settings_are_refused_when_the_trainer_is_made(
 
 def test_a_max_grad_norm_that_agrees_is_taken(make: Callable[..., GRPOTrainer]) -> None:
     """Otherwise settings that are right are refused."""
-    for clip, wanted in ((0.5, 0.5), (0.0, None)):
+    for clip, wanted in ((0.5, 0.5), (0.0, None), (math.inf, None)):  # inf: to have the norm logged
         trainer = make(gxpo={"max_grad_norm": wanted}, max_grad_norm=clip)
         trainer.create_optimizer()
         assert trainer.gxpo.max_grad_norm == wanted

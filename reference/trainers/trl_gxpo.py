@@ -9,9 +9,12 @@ are run twice more, at theta1 and at theta~; what is left in .grad is the correc
 trainer clips, steps, schedules, logs and saves as it always does. Generation, rewards and advantages happen once a
 step. While the gate is closed nothing is recorded or run again, and the trainer is GRPOTrainer bit for bit.
 
-The replays see what the first pass saw: the same inputs, the same random numbers, and the log-probabilities at theta0
-as the old ones. TRL leaves those out where they equal the current ones; recomputed in each replay, they would make
-every ratio 1, which is another loss.
+The replays see what the first pass saw: the same inputs, the same random numbers, the same tokens where
+`top_entropy_quantile` chooses some, and the log-probabilities at theta0 as the old ones. TRL leaves those out where
+they equal the current ones; recomputed in each replay, they would make every ratio 1, which is another loss.
+
+A callback's `on_pre_optimizer_step` finds the model at theta~, with the corrective gradient: save and evaluate in
+`on_step_end`. transformers' checkpoint on SIGTERM (`enable_jit_checkpoint`) waits for that by itself here.
 
 Written against TRL 1.16 and transformers 5.23.
 """
@@ -19,6 +22,7 @@ Written against TRL 1.16 and transformers 5.23.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,6 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from trl import GRPOTrainer
 
 from gxpo import GXPO
@@ -38,10 +43,13 @@ class _MicroBatch(NamedTuple):
     inputs: dict[str, Any]  # as the loss takes them, old log-probabilities included
     num_items: Any
     state: dict[str, Any]  # as it was when the loss began, after generation
+    tokens: Tensor | None  # those of high entropy at theta0, where `top_entropy_quantile` wants them
 
 
 class GXPOMixin:
     """Puts GXPO around the optimizer of a `trl.GRPOTrainer` or of a subclass: `class Mine(GXPOMixin, MyGRPOTrainer)`.
+    The replays call the subclass's loss, but `transformers.Trainer`'s training_step: what is to count in every pass
+    belongs into the loss.
 
     GXPO (arXiv 2605.06755) takes two optimizer steps on a batch, reads off from the two gradients how fast each
     coordinate's gradient shrinks, goes part of the way to where `horizon` steps would lead, and corrects from there
@@ -75,10 +83,15 @@ class GXPOMixin:
         self._gxpo_phase = ""  # "record" in the first pass of an active step, "replay" in the others
         self._gxpo_clear()
         super().__init__(*args, **kwargs)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, JITCheckpointCallback):  # between the passes and the step there is nothing to save
+                callback.on_pre_optimizer_step = lambda *args, **kwargs: None
 
     def _gxpo_clear(self) -> None:
         self._gxpo_batches: list[_MicroBatch] = []
         self._gxpo_losses: list[Tensor] = []
+        self._gxpo_logps: Tensor | None = None
+        self._gxpo_tokens: Tensor | None = None
 
     # -- the optimizer
 
@@ -92,7 +105,7 @@ class GXPOMixin:
 
     def create_accelerator_and_postprocess(self) -> None:
         """Also refuses the settings under which somebody else owns the optimizer's step."""
-        clip = self.args.max_grad_norm if (self.args.max_grad_norm or 0) > 0 else None  # as the trainer has it
+        clip = self.args.max_grad_norm if 0 < (self.args.max_grad_norm or 0) < math.inf else None  # as the trainer has
         if self._gxpo_settings.setdefault("max_grad_norm", clip) != clip:
             raise ValueError(
                 f"gxpo['max_grad_norm'] is {self._gxpo_settings['max_grad_norm']!r}, but the trainer clips the last "
@@ -165,19 +178,25 @@ class GXPOMixin:
         """The trainer's; the first pass keeps what the replays need."""
         if self._gxpo_phase != "record":
             return super().compute_loss(model, inputs, *args, **kwargs)
-        state = self._gxpo_state(model)
+        state, self._gxpo_logps, self._gxpo_tokens = self._gxpo_state(model), None, None
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         old_logps = inputs.get("old_per_token_logps")
         # A new dict: this one is the trainer's buffer's, which with several iterations comes up again.
         inputs = {**inputs, "old_per_token_logps": self._gxpo_logps if old_logps is None else old_logps}
-        self._gxpo_batches.append(_MicroBatch(inputs, kwargs.get("num_items_in_batch"), state))
+        self._gxpo_batches.append(_MicroBatch(inputs, kwargs.get("num_items_in_batch"), state, self._gxpo_tokens))
         return loss
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         outputs = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._gxpo_phase == "record":  # also called at generation; the loss comes last
+        if self._gxpo_phase == "record" and outputs[0].requires_grad:  # the loss's own, not a reference model's
             self._gxpo_logps = outputs[0].detach()
         return outputs
+
+    def get_high_entropy_mask(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The trainer's; in the replays the first pass's, or the three losses would be of different tokens."""
+        if self._gxpo_phase != "replay":
+            self._gxpo_tokens = super().get_high_entropy_mask(*args, **kwargs)
+        return self._gxpo_tokens
 
     # -- the other passes
 
@@ -199,6 +218,7 @@ class GXPOMixin:
                 losses = []
                 for n, batch in enumerate(batches, 1):
                     self._gxpo_set_state(batch.state, replay_rng=opt.replay_rng)
+                    self._gxpo_tokens = batch.tokens
                     with contextlib.nullcontext() if n == len(batches) else self.accelerator.no_sync(model):
                         # not GRPOTrainer's, which counts the micro-batches that index its buffer
                         losses.append(Trainer.training_step(self, model, batch.inputs, batch.num_items))
@@ -211,7 +231,7 @@ class GXPOMixin:
             times[-1] += time.perf_counter() - started
 
     def _gxpo_state(self, model: nn.Module) -> dict[str, Any]:
-        devices = {p.device for p in model.parameters() if p.device.type != "cpu"}
+        devices = {d for d in (self.accelerator.device, *(p.device for p in model.parameters())) if d.type != "cpu"}
         rng = {device: torch.get_device_module(device).get_rng_state(device) for device in devices}
         loss_state = {name: self.__dict__[name] for name in self._GXPO_LOSS_STATE if name in self.__dict__}
         return {"cpu": torch.get_rng_state(), "devices": rng, "loss": loss_state}
