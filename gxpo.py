@@ -618,6 +618,8 @@ class GXPO(torch.optim.Optimizer):
             self.abort()
             raise
         self.gate_state, self.report = gate_state, report  # nothing of a failed step reaches the gate (ATM-03)
+        for grad in self._grads() if step.owned else ():
+            grad._spent_by_gxpo = True
         self._close()
 
     # -- the two wrappers
@@ -676,9 +678,6 @@ class GXPO(torch.optim.Optimizer):
                 for setter, state in rng:
                     setter(state)
             last()
-            for p in params:
-                if p.grad is not None:
-                    p.grad._spent_by_gxpo = True
         except BaseException as error:
             if self._open is step:
                 self.abort()
@@ -731,8 +730,8 @@ class GXPO(torch.optim.Optimizer):
                 "or return in it); if it was meant, or you caught an exception, call abort() first"
             )
         self._require_idle("another step")
-        grads = [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
-        if owned and not all(hasattr(grad, "_spent_by_gxpo") for grad in grads):
+        unknown = [grad for grad in self._grads() if owned and not hasattr(grad, "_spent_by_gxpo")]
+        if any(hasattr(grad, "to_local") or grad.count_nonzero() for grad in unknown):  # zeros made beforehand are none
             raise RuntimeError(
                 "there are gradients that no pass has made, and this step would lose them: every micro-batch belongs "
                 "into every pass (with Lightning, accumulate_grad_batches=1). If they are old ones, zero_grad() first"
@@ -754,6 +753,9 @@ class GXPO(torch.optim.Optimizer):
         if step.state is not None:
             _restore_state(self.base, step.state)
         self.zero_grad()
+
+    def _grads(self) -> list[Tensor]:
+        return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
 
     def _params_with_grad(self) -> list[Tensor]:
         params = list(dict.fromkeys(p for g in self.param_groups for p in g["params"] if p.grad is not None))

@@ -715,6 +715,39 @@ def test_check_same_batch_changes_no_number_and_sees_dropout_that_is_not_replaye
         careless.step(lambda: backward(torch.nn.functional.dropout(w * w, 0.5).sum()))
 
 
+@pytest.mark.parametrize("warm", [False, True])
+def test_gradients_of_zeros_made_beforehand_are_no_gradients(warm: bool) -> None:
+    """Some trainers allocate .grad themselves, so that it lies where they want it."""
+    case = Case()
+    if warm:
+        case.step()
+    for p in case.params:
+        p.grad = torch.zeros_like(p)
+    case.step()
+    assert case.opt.report.outcome == "active"
+
+
+def test_a_hook_that_fails_after_the_step_does_not_spoil_the_next() -> None:
+    """The step is done and counted; what it left in .grad is its own, not forgotten micro-batches."""
+    case = Case()
+
+    def fails(*_: Any) -> None:
+        raise OSError("the log's disk is full")
+
+    def loop() -> None:
+        run = case.closure()
+        for _ in case.opt.passes():
+            run()
+
+    handle = case.opt.register_step_post_hook(fails)
+    with pytest.raises(OSError, match="disk is full"):
+        loop()
+    handle.remove()
+    assert case.opt.report.outcome == "active"
+    case.step()
+    assert case.opt.gate_state.step == 2
+
+
 @pytest.mark.parametrize("interface", ["closure", "passes"])
 def test_gradients_from_before_a_step_are_not_dropped_in_silence(interface: str) -> None:
     """The first micro-batches, accumulated outside the closure, would be zeroed away and the run look healthy. What a
