@@ -399,8 +399,8 @@ class GXPO(torch.optim.Optimizer):
     check_same_batch: a debugging aid: take the gradient at theta0 twice, RuntimeError where it comes out different (by
         over 1 % of its norm), for then the passes do not see the same batch. Costs a fourth pass and a buffer.
     process_group: the ranks that train together; None: all of them (torch.distributed's default group). Each rank's
-        gradient has to be that of all (DDP, or FSDP2, or tensors sharded as DTensors). Every decision is then taken
-        from the same figures on all. Ranks that train apart need a group each.
+        gradient has to be that of all (DDP, or FSDP2, or tensors sharded as DTensors). The same figures then decide
+        everything on all ranks. Ranks that train apart need a group each.
 
     Raises ValueError for a value out of bounds, TypeError for a base or parameters that cannot be wrapped.
     """
@@ -657,17 +657,16 @@ class GXPO(torch.optim.Optimizer):
         """One outer step as a loop: `for _ in opt.passes(): loss_fn(batch).backward()`. Yields the pass's number.
 
         Runs three times while active, once after fallback. A non-finite pass 2 or 3 is followed by one more turn, which
-        ends the step from theta0; check_same_batch numbers two turns 0. Leaving
-        it early (break, return, an exception that you catch) puts everything back; so that a forgotten break cannot
-        pass for training, the next step then raises RuntimeError once, unless abort() was called.
+        ends the step from theta0; check_same_batch numbers two turns 0. Leaving it early (break, return, an exception
+        that you catch) puts everything back; so that a forgotten break cannot pass for training, the next step then
+        raises RuntimeError once, unless abort() was called.
         """
         yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
 
     def _passes(self, last: Callable[[], None]) -> Iterator[int]:
         step = self._begin(owned=True)
         try:
-            params = [p for g in self.param_groups for p in g["params"]]
-            rng = _rng_states(params) if self.replay_rng else []
+            rng = _rng_states(self._params()) if self.replay_rng else []
             while True:
                 self.zero_grad()
                 yield step.passes
@@ -754,11 +753,15 @@ class GXPO(torch.optim.Optimizer):
             _restore_state(self.base, step.state)
         self.zero_grad()
 
+    def _params(self) -> list[Tensor]:
+        """Every parameter once, whichever groups name it."""
+        return list(dict.fromkeys(p for g in self.param_groups for p in g["params"]))
+
     def _grads(self) -> list[Tensor]:
-        return [p.grad for g in self.param_groups for p in g["params"] if p.grad is not None]
+        return [p.grad for p in self._params() if p.grad is not None]
 
     def _params_with_grad(self) -> list[Tensor]:
-        params = list(dict.fromkeys(p for g in self.param_groups for p in g["params"] if p.grad is not None))
+        params = [p for p in self._params() if p.grad is not None]
         if not params:
             raise RuntimeError("no parameter has a gradient: was backward() called, on a loss that depends on them?")
         for p in params:
@@ -833,7 +836,7 @@ class GXPO(torch.optim.Optimizer):
         ranks = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
         if ranks < 2:
             return [mine]
-        device = next(p.device for g in self.param_groups for p in g["params"])
+        device = self._params()[0].device
         rows = torch.zeros(ranks, len(mine), dtype=torch.float64, device=device)
         rows[dist.get_rank(self.process_group)] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(rows, group=self.process_group)

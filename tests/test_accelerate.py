@@ -363,3 +363,10 @@ def test_what_is_left_in_the_loop_by_habit_says_so(habit: str) -> None:
         one_step()
     optimizer.abort()
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
+
+
+def test_a_prepared_optimizer_as_base_is_refused() -> None:
+    """Put around what prepare() returns, GXPO would step a wrapper that skips steps by its own rules."""
+    prepared = accelerate.Accelerator(cpu=True).prepare(torch.optim.SGD([torch.ones(2, requires_grad=True)], lr=0.1))
+    with pytest.raises(TypeError, match=r"only wraps an optimizer: give that one to GXPO, and GXPO to prepare\(\)"):
+        GXPO(prepared)
