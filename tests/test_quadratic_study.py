@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -18,10 +19,10 @@ from gxpo_toy_tasks.quadratic_study import (
     costs_of,
     error,
     noises,
+    parts,
     rules,
     study,
     tables,
-    total,
     virtual_point,
 )
 from gxpo_toy_tasks.quadratics import Quadratic
@@ -91,12 +92,38 @@ def test_what_is_not_reached_is_never() -> None:
 def test_the_quick_study_tells_and_draws(tmp_path: Path) -> None:
     seen = []
     results = study(True, lambda: seen.append(1))
-    assert len(seen) == total(True)
+    assert len(seen) == len(parts(True))
     told = tables(json.loads(json.dumps(results, allow_nan=False)))
     assert "backward passes than gradient descent" in told
     assert "never" in told
     assert {path.name for path in draw(results, tmp_path)} >= {"errors.png", "costs.png", "path.png"}
     assert all(path.stat().st_size > 10_000 for path in tmp_path.iterdir())
+
+
+def test_a_study_that_was_stopped_goes_on_and_comes_to_the_same(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Ctrl-C after nearly a minute: what the message promises. Nothing is computed twice."""
+    done: list[str] = []
+
+    def until(last: int) -> None:
+        def on_step() -> None:
+            done.append((tmp_path / "results.json").read_text())
+            if len(done) == last:
+                raise KeyboardInterrupt
+
+        with contextlib.suppress(KeyboardInterrupt):
+            study(True, on_step, tmp_path)
+
+    until(8)
+    halfway = json.loads(done[-1])
+    assert (len(halfway["costs"]) > 0, len(halfway["costs"]) < len(study(True)["costs"])) == (True, True)
+    assert cli.main(["plot", str(tmp_path)]) == 2
+    assert "results.json is unfinished: gxpo-toys run quadratics --out" in capsys.readouterr().err
+    until(0)
+    assert done[8:16] == done[7:8] * 8  # those that were there
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert whole == study(True)
+    with pytest.raises(ValueError, match="holds other results: choose another --out, or delete that folder"):
+        study(False, folder=tmp_path)
 
 
 def test_the_animation_moves(tmp_path: Path) -> None:

@@ -276,6 +276,29 @@ def test_a_bad_option_is_one_line(
     assert list(tmp_path.iterdir()) == []  # and nothing is left lying about
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("run quadratics --seeds 3 --device cuda", "quadratics takes --out and --quick, got --seeds, --device"),
+        ("run quadratics --quick --out taken", "taken"),
+        ("run bandit --quick --out taken", "taken"),
+        ("animate quadratics --out folder", "--out must be a file that ends in .gif, got folder"),
+        ("plot nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    line: str, message: str, capsys: Any, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """An option that a task leaves aside in silence lets a table say what it does not show."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    assert cli.main(line.split()) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert len(printed.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
 def test_an_unknown_setting_in_the_file_names_those_there_are(tmp_path: Path, capsys: Any) -> None:
     (tmp_path / "c.toml").write_text("sedes = 3\n")
     assert cli.main(["run", "bandit", "--config", str(tmp_path / "c.toml")]) == 2

@@ -29,7 +29,7 @@ except ImportError as missing:
 import torch
 
 from gxpo_toy_tasks.engine import OPTIMIZERS
-from gxpo_toy_tasks.experiment import ABOUT, TASKS, Comparison, Plan, write
+from gxpo_toy_tasks.experiment import ABOUT, TASKS, Comparison, Plan
 from gxpo_toy_tasks.report import show
 
 QUADRATICS = "quadratics"
@@ -113,11 +113,11 @@ def list_tasks(given: argparse.Namespace, console: Console) -> None:
 def run(given: argparse.Namespace, console: Console) -> None:
     folder = Path(given.out or f"gxpo-toys-{given.task}")
     if given.task == QUADRATICS:
-        return run_quadratics(folder, bool(given.quick), console)
+        return run_quadratics(given, folder, console)
     plan = plan_of(given)
     try:
         comparison = Comparison(plan, folder)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise BadOption(str(error)) from error
     with Bar(console, "", len(comparison.jobs()) * plan.length) as bar:
         results = comparison.go(bar.on, lambda phase: bar.on(0, PHASES[phase]), drawing)
@@ -125,13 +125,19 @@ def run(given: argparse.Namespace, console: Console) -> None:
     finish(results, folder, console)
 
 
-def run_quadratics(folder: Path, quick: bool, console: Console) -> None:
+def run_quadratics(given: argparse.Namespace, folder: Path, console: Console) -> None:
     from gxpo_toy_tasks import quadratic_study
 
+    understood = {"command", "function", "task", "out", "quick"}
+    if ignored := [f"--{name}" for name, value in vars(given).items() if name not in understood and value is not None]:
+        raise BadOption(f"{QUADRATICS} takes --out and --quick, got {', '.join(ignored)}: its plan is fixed")
+    quick = bool(given.quick)
     folder.mkdir(parents=True, exist_ok=True)
-    with Bar(console, QUADRATICS, quadratic_study.total(quick)) as bar:
-        results = quadratic_study.study(quick, bar.on)
-    write(folder / "results.json", json.dumps(results) + "\n")
+    with Bar(console, QUADRATICS, len(quadratic_study.parts(quick))) as bar:
+        try:
+            results = quadratic_study.study(quick, bar.on, folder)
+        except ValueError as error:
+            raise BadOption(str(error)) from error
     console.print(quadratic_study.tables(results), highlight=False)
     finish(results, folder, console)
 
@@ -158,6 +164,11 @@ def plot(given: argparse.Namespace, console: Console) -> None:
         raise BadOption(f"{path}: {error}") from error
     if not isinstance(results, dict) or "kind" not in results:
         raise BadOption(f"{path} is not what gxpo-toys run writes")
+    if results["kind"] == QUADRATICS:
+        from gxpo_toy_tasks.quadratic_study import complete
+
+        if not complete(results):
+            raise BadOption(f"{path} is unfinished: gxpo-toys run {QUADRATICS} --out {given.folder} goes on with it")
     finish(results, Path(given.folder), console)
 
 
@@ -165,6 +176,8 @@ def make_animation(given: argparse.Namespace, console: Console) -> None:
     from gxpo_toy_tasks.quadratic_plots import animate
 
     path = Path(given.out or "quadratics.gif")
+    if path.suffix.lower() != ".gif":
+        raise BadOption(f"--out must be a file that ends in .gif, got {path}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with console.status("drawing"):
         animate(path)
@@ -219,7 +232,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
     try:
         given.function(given, console)
-    except BadOption as error:
+    except (BadOption, OSError) as error:  # a full disk, a file where a folder should be
         print(f"gxpo-toys: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

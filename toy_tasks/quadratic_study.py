@@ -7,8 +7,10 @@ at is thetaK, and the true K-step point has a closed form. Costs come from the b
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from gxpo import GXPO
 from gxpo_toy_tasks.engine import Draws, Params, Rule, Runs, train
-from gxpo_toy_tasks.experiment import versions
+from gxpo_toy_tasks.experiment import versions, write
 from gxpo_toy_tasks.quadratics import Quadratic, plain_steps
 
 Build = Callable[[int], Quadratic]  # seed -> problem
@@ -158,9 +160,8 @@ def costs_of(
     return [[tuple(rate) for rate in problem] for problem in over_seeds.swapaxes(0, 1)]
 
 
-def total(quick: bool) -> int:
-    """How often `study` calls on_step."""
-    return len(PROBLEMS) + len(rules(quick))
+def seeds_of(quick: bool) -> range:
+    return range(1 if quick else 5)
 
 
 def kept(quick: bool) -> list[str]:
@@ -168,37 +169,70 @@ def kept(quick: bool) -> list[str]:
     return [name for name in PROBLEMS if name.endswith(" 10") or (name.endswith(" 100") and not quick)]
 
 
-def study(quick: bool = False, on_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Errors and costs, as JSON. Numbers that are not finite are None: never reached."""
-    seeds = range(1 if quick else 5)
-    errors, costs = [], []
-    for name, build in PROBLEMS.items():
-        for horizon in (5,) if quick else HORIZONS:
-            for lr in RATES:
-                for estimator in ESTIMATORS:
-                    found = [error(p := build(s), lr, horizon, virtual_point(p, lr, horizon, estimator)) for s in seeds]
-                    row = {"problem": name, "horizon": horizon, "lr": lr, "estimator": estimator}
-                    errors.append({**row, "noise": "none", "error": float(np.median(found))})
-        for kind in ("shared", "independent"):
-            found = [
-                error(p := build(s), 0.5, 5, virtual_point(p, 0.5, 5, "gradient", noises(s, 0.1)[kind])) for s in seeds
-            ]
-            row = {"problem": name, "horizon": 5, "lr": 0.5, "estimator": "gradient", "noise": kind}
-            errors.append({**row, "error": float(np.median(found))})
+def errors_of(name: str, quick: bool) -> list[dict[str, Any]]:
+    """A problem's rows: every horizon, rate and estimator, and two kinds of noise; medians over seeds."""
+    build, seeds, rows = PROBLEMS[name], seeds_of(quick), []
+    for horizon in (5,) if quick else HORIZONS:
+        for lr in RATES:
+            for estimator in ESTIMATORS:
+                found = [error(p := build(s), lr, horizon, virtual_point(p, lr, horizon, estimator)) for s in seeds]
+                row = {"problem": name, "horizon": horizon, "lr": lr, "estimator": estimator}
+                rows.append({**row, "noise": "none", "error": float(np.median(found))})
+    for kind in ("shared", "independent"):
+        found = [
+            error(p := build(s), 0.5, 5, virtual_point(p, 0.5, 5, "gradient", noises(s, 0.1)[kind])) for s in seeds
+        ]
+        row = {"problem": name, "horizon": 5, "lr": 0.5, "estimator": "gradient", "noise": kind}
+        rows.append({**row, "error": float(np.median(found))})
+    return rows
+
+
+def costs_with(name: str, quick: bool) -> list[dict[str, Any]]:
+    """A rule's rows: every problem, at one rate for all and at the rule's own best."""
+    lrs, rows = (SMALL, *(OWN[8::2] if quick else OWN)), []
+    builds = [PROBLEMS[problem] for problem in kept(quick)]
+    costs = costs_of(builds, rules(quick)[name], lrs, seeds_of(quick), QUICK_CAP if quick else CAP)
+    for problem, found in zip(kept(quick), costs, strict=True):
+        best = min(range(1, len(lrs)), key=lambda n: found[n][1])
+        for kind, n in (("same", 0), ("own best", best)):
+            steps, passes = (v if np.isfinite(v) else None for v in found[n])
+            row = {"problem": problem, "rule": name, "rate": kind, "lr": lrs[n]}
+            rows.append({**row, "steps": steps, "passes": passes})
+    return rows
+
+
+def study(
+    quick: bool = False, on_step: Callable[[], None] = lambda: None, folder: Path | None = None
+) -> dict[str, Any]:
+    """Errors and costs, as JSON. Numbers that are not finite are None: never reached.
+
+    With a folder its results.json grows problem by problem and rule by rule, and what is there is not computed again.
+    ValueError where the folder holds the results of something else.
+    """
+    results = {"kind": "quadratics", "versions": versions(), "quick": quick, "errors": [], "costs": []}
+    path = None if folder is None else folder / "results.json"
+    if path is not None and path.exists():
+        there = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(there, dict) or [there.get(k) for k in ("kind", "quick")] != ["quadratics", quick]:
+            raise ValueError(f"{folder} holds other results: choose another --out, or delete that folder")
+        results |= {what: there[what] for what in ("errors", "costs")}
+    for what, key, name, compute in parts(quick):
+        if not any(row[key] == name for row in results[what]):
+            results[what] += compute(name, quick)
+            if path is not None:
+                write(path, json.dumps(results, allow_nan=False) + "\n")
         on_step()
-    lrs = (SMALL, *(OWN[8::2] if quick else OWN))
-    for rule_name, rule in rules(quick).items():
-        builds = [PROBLEMS[name] for name in kept(quick)]
-        for name, found in zip(
-            kept(quick), costs_of(builds, rule, lrs, seeds, QUICK_CAP if quick else CAP), strict=True
-        ):
-            best = min(range(1, len(lrs)), key=lambda n: found[n][1])
-            for kind, n in (("same", 0), ("own best", best)):
-                steps, passes = (v if np.isfinite(v) else None for v in found[n])
-                row = {"problem": name, "rule": rule_name, "rate": kind, "lr": lrs[n]}
-                costs.append({**row, "steps": steps, "passes": passes})
-        on_step()
-    return {"kind": "quadratics", "versions": versions(), "quick": quick, "errors": errors, "costs": costs}
+    return results
+
+
+def parts(quick: bool) -> list[tuple[str, str, str, Callable[[str, bool], list[dict[str, Any]]]]]:
+    """(list of rows, the column that names the part, its name, what computes it) of all that a study consists of."""
+    errors = [("errors", "problem", name, errors_of) for name in PROBLEMS]
+    return errors + [("costs", "rule", name, costs_with) for name in rules(quick)]
+
+
+def complete(results: dict[str, Any]) -> bool:
+    return all(any(row[key] == name for row in results[what]) for what, key, name, _ in parts(results["quick"]))
 
 
 # ---- In words -------------------------------------------------------------------------------------------------------
