@@ -181,14 +181,18 @@ def test_an_interrupted_comparison_goes_on_where_it_was(tmp_path: Path, monkeypa
 
 
 @pytest.mark.skipif(experiment.workers_for("cpu") < 2, reason="one core, no fork, or a CUDA device")
-def test_ctrl_c_reaches_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    """The command as it is, in a terminal of its own: workers must end with it, and what they had done must count."""
+@pytest.mark.parametrize("presses", [1, 5])
+def test_ctrl_c_reaches_the_workers_and_the_same_command_goes_on(tmp_path: Path, presses: int) -> None:
+    """The command as it is, in a terminal of its own: workers must end with it, and what they had done must count. An
+    impatient user presses more than once."""
     arguments = ["run", "bandit", "--rules", "gxpo,sfpo", "--lr", "0.1", "--seeds", "2", "--steps", "300"]
     command = [sys.executable, "-m", "gxpo_toy_tasks.cli", *arguments, "--out", str(tmp_path)]
     began = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while began.poll() is None and not (tmp_path / "results.json").exists():
         select.select([], [], [], 0.02)
-    os.killpg(began.pid, signal.SIGINT)
+    for _ in range(presses):
+        os.killpg(began.pid, signal.SIGINT)
+        select.select([], [], [], 0.002)
     _, said = began.communicate(timeout=60)
     assert began.returncode == 130, said
     assert "what was done is kept" in said

@@ -7,6 +7,7 @@ kept in results.json the moment it is done, so that an interrupted comparison go
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -14,6 +15,7 @@ import os
 import platform
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -247,11 +249,14 @@ class Comparison:
             return
         fork = multiprocessing.get_context("fork")  # a worker has torch loaded and the task built
         done, stop, told = fork.Value("L", 0), fork.Event(), 0
-        with ProcessPoolExecutor(workers, fork, _inherit, (self, done, stop)) as pool:
+        with (
+            interrupts_later() as interrupted,
+            ProcessPoolExecutor(workers, fork, _inherit, (self, done, stop)) as pool,
+        ):
             try:
                 cells = {pool.submit(_cell, name, rows): name for name, rows in zip(names, runs, strict=True)}
                 meanwhile()
-                while cells:
+                while cells and not interrupted:
                     for ready in wait(cells, timeout=0.1, return_when=FIRST_COMPLETED).done:
                         yield cells.pop(ready), ready.result()
                     before, told = told, done.value
@@ -299,6 +304,23 @@ def workers_for(device: str) -> int:
     """
     forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
     return 2 if device == "cpu" and forks and (os.cpu_count() or 1) > 1 and not torch.cuda.is_available() else 1
+
+
+@contextlib.contextmanager
+def interrupts_later() -> Iterator[list[int]]:
+    """Ctrl-C, as a list that it makes longer; KeyboardInterrupt comes at the block's end. Pressed twice it would
+    otherwise interrupt the pool's own ending, and the pool then waits for its workers for ever."""
+    seen: list[int] = []
+    if threading.current_thread() is not threading.main_thread():  # where no signal arrives
+        yield seen
+        return
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def _inherit(*what: Any) -> None:
