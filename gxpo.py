@@ -32,14 +32,19 @@ import functools
 import math
 import statistics
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor
+except ModuleNotFoundError as missing:
+    if missing.name != "torch":
+        raise
+    raise ModuleNotFoundError('gxpo.py needs torch: pip install torch, or "gxpo[torch]"', name="torch") from None
 
 __all__ = ["GXPO", "Gate", "GateState", "Report", "extrapolation_scale", "retention_ratio"]
 __version__ = "1.0.0"
@@ -49,6 +54,7 @@ ESTIMATORS = ("gradient", "displacement", "tensor")
 STATE_POLICIES = ("keep", "restore")
 STATISTICS = ("corrective_norm", "initial_norm", "disagreement", "supplied", "never")
 BASELINES = ("window", "ema")
+_SPENT = "_spent_by_gxpo"  # mark of a gradient that a step has used up
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
@@ -219,7 +225,7 @@ def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     else:
         dim = 0 if first.numel() <= block * len(first) else first.shape.index(max(first.shape))
         width = max(1, block * first.shape[dim] // first.numel())
-        yield from zip(*(t.split(width, dim) for t in tensors), strict=True)
+        yield from zip(*(torch.split(t, width, dim) for t in tensors), strict=True)
 
 
 def _wide_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
@@ -227,10 +233,16 @@ def _wide_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         yield tuple(t.to(_wide_dtype(t.dtype)) for t in block)
 
 
+def _sum(blocks: Iterable[Tensor]) -> Tensor:
+    total: Tensor = functools.reduce(torch.add, blocks)
+    return total
+
+
 def _norm(blocks: Iterable[Tensor]) -> Tensor:
     """2-norm of all blocks together. Block by block, because one float32 sum over 7e7 numbers is 0.4 % off on a CPU."""
     norms = [torch.linalg.vector_norm(block) for block in blocks]
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    whole: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
+    return whole
 
 
 # ------------------------------------------------------------------------------------------------- tensors, on ranks
@@ -238,13 +250,21 @@ def _norm(blocks: Iterable[Tensor]) -> Tensor:
 
 def _local(t: Tensor) -> Tensor:
     """This rank's part of a sharded tensor (DTensor, as FSDP2 makes them); of any other, itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
+    to_local: Callable[[], Tensor] = getattr(t, "to_local", lambda: t)
+    return to_local()
+
+
+def _grad(p: Tensor) -> Tensor:
+    """This rank's part of p's gradient; of a parameter that has one."""
+    assert p.grad is not None  # _params_with_grad() saw to it
+    return _local(p.grad)
 
 
 def _shards(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
     """The groups of ranks whose parts of p make up the whole. Replicas are in none: they would count twice."""
     split = [n for n, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
-    return tuple(p.device_mesh.get_group(n) for n in split if p.device_mesh.size(n) > 1)
+    mesh: Any = getattr(p, "device_mesh", None)
+    return tuple(mesh.get_group(n) for n in split if mesh.size(n) > 1)
 
 
 def _over_shards(values: list[Tensor], params: Iterable[Tensor], power: int = 1) -> list[Tensor]:
@@ -280,13 +300,14 @@ def _unfit(p: Tensor) -> str | None:
 # ------------------------------------------------------------------------------------------- the optimizer's own state
 
 
-_Saved = list[tuple[dict, dict]]  # (a live dict, its entries as key -> (value, copy of the value))
+_Dict = dict[Any, Any]
+_Saved = list[tuple[_Dict, _Dict]]  # (a live dict, its entries as key -> (value, copy of the value))
 
 
-def _copy_state(opt: torch.optim.Optimizer) -> tuple[dict, _Saved]:
+def _copy_state(opt: torch.optim.Optimizer) -> tuple[_Dict, _Saved]:
     """All that opt.step() may write besides parameters: its state and what it keeps in its groups."""
 
-    def entries(d: dict) -> dict:
+    def entries(d: _Dict) -> _Dict:
         kept = {k: v for k, v in d.items() if k != "params"}
         return {k: (v, v.clone() if isinstance(v, Tensor) else deepcopy(v)) for k, v in kept.items()}
 
@@ -294,7 +315,7 @@ def _copy_state(opt: torch.optim.Optimizer) -> tuple[dict, _Saved]:
     return dict(opt.state), [(d, entries(d)) for d in (*dicts, *opt.param_groups)]
 
 
-def _restore_state(opt: torch.optim.Optimizer, saved: tuple[dict, _Saved]) -> None:
+def _restore_state(opt: torch.optim.Optimizer, saved: tuple[_Dict, _Saved]) -> None:
     """The same tensors with their old values (copies of those inside lists and dicts); entries made since then removed.
     Never through load_state_dict, which may cast (ATM-02)."""
     state, dicts = saved
@@ -369,7 +390,7 @@ class _Step:
     theta0: dict[Tensor, Tensor] = field(default_factory=dict)
     kept: dict[Tensor, Tensor] = field(default_factory=dict)  # g0 (theta1 for the displacement's estimators), then q
     g0: dict[Tensor, Tensor] = field(default_factory=dict)  # for the statistic that needs it after q took its place
-    state: tuple[dict, _Saved] | None = None  # s0
+    state: tuple[_Dict, _Saved] | None = None  # s0
     moved: list[Tensor] = field(default_factory=list)  # |u0| of each parameter, for the displacement's estimators
     sizes: dict[Tensor, float] = field(default_factory=dict)  # |c0 g0| or |u0| of each, read with the figures of a pass
     sum_q: list[Tensor] = field(default_factory=list)
@@ -408,8 +429,15 @@ class GXPO(torch.optim.Optimizer):
     base: torch.optim.Optimizer
     gate: Gate
     gate_state: GateState
-    report: Report | None  # of the last step
+    report: Report  # of the last step; before the first it is None
     process_group: dist.ProcessGroup | None  # not kept by copies and pickles
+
+    _open: _Step | None  # the step in progress
+    _loss: Tensor | float | None  # handed in by observe(), of the pass at hand
+    _supplied: float | None  # likewise, the gate's statistic
+    _left: bool  # a passes() loop was left early
+    _begun: int  # steps begun, which ranks compare
+    _pinned: tuple[float, float]  # the norm before this one, and how often norms stood still
 
     # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
     _step_supports_amp_scaling = True
@@ -452,7 +480,7 @@ class GXPO(torch.optim.Optimizer):
         switches = {"rollback": rollback, "replay_rng": replay_rng, "check_same_batch": check_same_batch}
         for name, value in switches.items():
             _require(isinstance(value, bool), name, "True or False", value)
-        self.base, self.gate_state, self.report = base, GateState(), None
+        self.base, self.gate_state, self.report = base, GateState(), cast("Report", None)
         self.horizon, self.alpha, self.estimator, self.optimizer_state = horizon, alpha, estimator, optimizer_state
         self.max_grad_norm, self.gate = max_grad_norm, gate or Gate("never")
         self.rollback, self.replay_rng, self.check_same_batch = rollback, replay_rng, check_same_batch
@@ -507,13 +535,13 @@ class GXPO(torch.optim.Optimizer):
             if first and (self.rollback or self.optimizer_state == "restore"):
                 step.state = _copy_state(self.base)
             if first and self.gate.statistic == "disagreement":
-                step.g0 = {p: _local(p.grad).clone() for p in params}
+                step.g0 = {p: _grad(p).clone() for p in params}
             self._clip(params, norm)
             self._fast_step(step, params)
             if step.passes == self.FAST_STEPS:
                 self._move(step)
-                if self.optimizer_state == "restore":  # OPT-05: the fast steps leave no trace in the state
-                    _restore_state(self.base, step.state)
+                if self.optimizer_state == "restore" and step.state is not None:
+                    _restore_state(self.base, step.state)  # OPT-05: the fast steps leave no trace in it
             self.zero_grad()
         else:
             step.outcome, step.ready = "active", True
@@ -541,10 +569,10 @@ class GXPO(torch.optim.Optimizer):
         estimators that watch displacements), and turns it into q with the second."""
         first, by_gradient = step.passes == 1, self.estimator == "gradient"
         if by_gradient and first:
-            step.kept = {p: _local(p.grad).clone() for p in params}
+            step.kept = {p: _grad(p).clone() for p in params}
         elif by_gradient:  # now, while the optimizer has not touched .grad
             step.kept = {p: g0 for p, g0 in step.kept.items() if p.grad is not None}
-            step.sum_q = self._scale_(step, {p: (g0, _local(p.grad)) for p, g0 in step.kept.items()})
+            step.sum_q = self._scale_(step, {p: (g0, _grad(p)) for p, g0 in step.kept.items()})
         self.base.step()
         if not by_gradient and first:
             step.kept = {p: _local(p).detach().clone() for p in params}
@@ -554,7 +582,7 @@ class GXPO(torch.optim.Optimizer):
             points = {p: (step.theta0[p], theta1, _local(p).detach()) for p, theta1 in step.kept.items()}
             step.sum_q = self._scale_(step, points)
 
-    def _scale_(self, step: _Step, observed: dict[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
+    def _scale_(self, step: _Step, observed: Mapping[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
         """Turn what is kept into q, from (g0, g1) or (theta0, theta1, theta2). Returns each parameter's sum of q."""
 
         def changes(p: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -562,10 +590,8 @@ class GXPO(torch.optim.Optimizer):
                 yield block if len(block) == 2 else (block[1] - block[0], block[2] - block[1])  # u0, u1
 
         if self.estimator == "tensor":  # EST-12: <u0, u1> / <u0, u0>, by unit vectors because |u0|^2 may underflow
-            sizes = [step.sizes[p] for p in step.kept]
-            dots = [
-                sum(((u0 / n) * (u1 / n)).sum() for u0, u1 in changes(p)) for p, n in zip(step.kept, sizes, strict=True)
-            ]
+            sizes = [(p, step.sizes[p]) for p in step.kept]
+            dots = [_sum(((u0 / size) * (u1 / size)).sum() for u0, u1 in changes(p)) for p, size in sizes]
             for q, r in zip(step.kept.values(), _over_shards(dots, step.kept), strict=True):
                 q.copy_(extrapolation_scale(r.nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0), self.horizon))
         else:
@@ -619,7 +645,7 @@ class GXPO(torch.optim.Optimizer):
             raise
         self.gate_state, self.report = gate_state, report  # nothing of a failed step reaches the gate (ATM-03)
         for grad in self._grads() if step.owned else ():
-            grad._spent_by_gxpo = True
+            setattr(grad, _SPENT, True)
         self._close()
 
     # -- the two wrappers
@@ -635,7 +661,8 @@ class GXPO(torch.optim.Optimizer):
         (under FSDP2, see abort()).
         """
         if hasattr(self, "found_inf"):
-            del self.found_inf, self.grad_scale
+            for mark in ("found_inf", "grad_scale"):
+                delattr(self, mark)
             raise RuntimeError(
                 "GXPO cannot run under an enabled GradScaler, which would hide skipped inner steps: use bfloat16, or "
                 "GradScaler(enabled=False)"
@@ -663,7 +690,7 @@ class GXPO(torch.optim.Optimizer):
         """
         yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
 
-    def _passes(self, last: Callable[[], None]) -> Iterator[int]:
+    def _passes(self, last: Callable[[], Any]) -> Generator[int, None, None]:
         step = self._begin(owned=True)
         try:
             rng = _rng_states(self._params()) if self.replay_rng else []
@@ -692,8 +719,8 @@ class GXPO(torch.optim.Optimizer):
         if loss is not None:
             if isinstance(loss, Tensor) and loss.numel() != 1:
                 raise ValueError(f"loss must be a scalar, got a tensor of shape {tuple(loss.shape)}")
-            loss = loss.full_tensor() if hasattr(loss, "full_tensor") else loss
-            self._loss = loss.detach() if isinstance(loss, Tensor) else float(loss)
+            whole: Tensor | float = getattr(loss, "full_tensor", lambda: loss)()  # of a DTensor
+            self._loss = whole.detach() if isinstance(whole, Tensor) else float(whole)
         if statistic is not None and self._supplied is None:
             value = float(statistic)
             _require(math.isfinite(value), "statistic", "a finite number", value)
@@ -729,7 +756,7 @@ class GXPO(torch.optim.Optimizer):
                 "or return in it); if it was meant, or you caught an exception, call abort() first"
             )
         self._require_idle("another step")
-        unknown = [grad for grad in self._grads() if owned and not hasattr(grad, "_spent_by_gxpo")]
+        unknown = [grad for grad in self._grads() if owned and not hasattr(grad, _SPENT)]
         if any(hasattr(grad, "to_local") or grad.count_nonzero() for grad in unknown):  # zeros made beforehand are none
             raise RuntimeError(
                 "there are gradients that no pass has made, and this step would lose them: every micro-batch belongs "
@@ -765,8 +792,9 @@ class GXPO(torch.optim.Optimizer):
         if not params:
             raise RuntimeError("no parameter has a gradient: was backward() called, on a loss that depends on them?")
         for p in params:
-            if p.grad.layout != torch.strided or p.grad.is_complex():
-                kind = f"{p.grad.layout} {p.grad.dtype}"
+            grad = _grad(p)
+            if grad.layout != torch.strided or grad.is_complex():
+                kind = f"{grad.layout} {grad.dtype}"
                 raise TypeError(f"GXPO takes dense real gradients only, got {kind} for a parameter of {tuple(p.shape)}")
             layouts = [getattr(t, "placements", None) for t in (p, p.grad)]
             if layouts[0] != layouts[1]:
@@ -845,18 +873,18 @@ class GXPO(torch.optim.Optimizer):
     def _figures(self, step: _Step, params: list[Tensor]) -> tuple[float, float | None, float]:
         """|g|, the loss, and cos(g0, g) where it is wanted: the one host sync of a pass on one device."""
         last = step.active and step.passes == self.FAST_STEPS
-        dots = {p: (_local(p.grad), step.g0[p]) for p in params if p in step.g0} if last else {}
-        figures = {
-            "norm": _over_shards([_norm(b for (b,) in _wide_blocks(_local(p.grad))) for p in params], params, power=2),
+        dots = {p: (_grad(p), step.g0[p]) for p in params if p in step.g0} if last else {}
+        figures: dict[str, list[Tensor]] = {
+            "norm": _over_shards([_norm(b for (b,) in _wide_blocks(_grad(p))) for p in params], params, power=2),
             "loss": [self._loss.reshape(())] if isinstance(self._loss, Tensor) else [],
-            "dot": _over_shards([sum((a * b).sum() for a, b in _wide_blocks(*pair)) for pair in dots.values()], dots),
+            "dot": _over_shards([_sum((a * b).sum() for a, b in _wide_blocks(*pair)) for pair in dots.values()], dots),
             "size": step.moved if step.passes == 1 else [],
             "q": _over_shards(step.sum_q, step.kept) if last else [],
         }
         device = params[0].device
-        dtype = functools.reduce(torch.promote_types, {p.grad.dtype for p in params}, torch.float32)
-        flat = torch.stack([f.to(device, dtype) for fs in figures.values() for f in fs]).tolist()  # HOST SYNC
-        values = iter(flat)
+        dtype = functools.reduce(torch.promote_types, {_grad(p).dtype for p in params}, torch.float32)
+        flat = [figure.to(device, dtype) for kind in figures.values() for figure in kind]
+        values: Iterator[float] = iter(torch.stack(flat).tolist())  # HOST SYNC
         read = {name: [next(values) for _ in fs] for name, fs in figures.items()}
 
         norm = math.hypot(*read["norm"])
@@ -865,7 +893,7 @@ class GXPO(torch.optim.Optimizer):
             step.sizes = {p: c0 * size for p, size in zip(params, read["norm"], strict=True)}
         elif read["size"]:
             step.sizes = dict(zip(step.kept, read["size"], strict=True))
-        loss = read["loss"][0] if read["loss"] else self._loss
+        loss = read["loss"][0] if isinstance(self._loss, Tensor) else self._loss
         self._loss = None
         if step.sum_q and last:
             not_scaled = sum(p.numel() for p in step.theta0 if p not in step.kept)
@@ -888,14 +916,15 @@ class GXPO(torch.optim.Optimizer):
 
     def _seen_twice(self, step: _Step, params: list[Tensor], norm: float) -> bool:
         """check_same_batch: False after the first gradient at theta0, which has to come once more."""
-        grads = {p: _local(p.grad).clone() for p in params}
+        grads = {p: _grad(p).clone() for p in params}
         if step.replay is None:
             step.replay = grads
             self.zero_grad()
             return False
-        seen = step.replay | grads
-        off = [(grads.get(p, 0.0) - step.replay.get(p, 0.0)).to(_wide_dtype(p.dtype)) for p in seen]
-        off = math.hypot(*map(float, _over_shards([_norm([x]) for x in off], seen, power=2)))
+        seen, nothing = step.replay | grads, torch.zeros(())
+        changes = [grads.get(p, nothing.to(g)) - step.replay.get(p, nothing.to(g)) for p, g in seen.items()]
+        norms = [_norm([change.to(_wide_dtype(change.dtype))]) for change in changes]
+        off = math.hypot(*map(float, _over_shards(norms, seen, power=2)))
         step.replay = {}
         if off > 0.01 * norm:
             raise RuntimeError(
@@ -908,13 +937,14 @@ class GXPO(torch.optim.Optimizer):
         c = clip_coefficient(norm, self.max_grad_norm)
         if c < 1:
             for p in params:
-                _local(p.grad).mul_(c)
+                _grad(p).mul_(c)
 
     # -- being a torch.optim.Optimizer
 
-    param_groups = property(lambda self: self.base.param_groups)  # the base's own, never copies
-    state = property(lambda self: self.base.state)
-    defaults = property(lambda self: self.base.defaults)
+    if not TYPE_CHECKING:  # a checker has them from Optimizer, as attributes
+        param_groups = property(lambda self: self.base.param_groups)  # the base's own, never copies
+        state = property(lambda self: self.base.state)
+        defaults = property(lambda self: self.base.defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base.add_param_group(param_group)
@@ -945,7 +975,8 @@ class GXPO(torch.optim.Optimizer):
         unknown = saved["gate"].keys() - GateState.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(f"gxpo {__version__} cannot read {sorted(unknown)}, saved by {saved.get('version')}")
-        gate_state = GateState(**{k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()})
+        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()}
+        gate_state = GateState(**fields)
         if state_dict.keys() != {"gxpo"}:
             self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gxpo"})
         self.gate_state = gate_state
@@ -979,12 +1010,12 @@ def _self_check() -> None:
     curvature = torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64)
     seen: list[bool] = []
 
-    def problem(**settings: Any) -> tuple[GXPO, Tensor, Callable[[float], Tensor]]:
+    def problem(**settings: Any) -> tuple[GXPO, Tensor, Callable[..., Tensor]]:
         theta = torch.ones(4, dtype=torch.float64, requires_grad=True)
 
         def closure(scale: float = 1.0) -> Tensor:
             loss = scale * 0.5 * (curvature * theta * theta).sum()
-            loss.backward()
+            torch.autograd.backward(loss)
             return loss
 
         return GXPO(torch.optim.SGD([theta], lr=0.5), **settings), theta, closure
@@ -1002,7 +1033,7 @@ def _self_check() -> None:
 
     opt, theta, closure = problem(gate=Gate(window=4, threshold=3.0, patience=1))
     for scale in (1.0, 1.0, 1.0, 1.0, 40.0, 1.0):
-        opt.step(lambda scale=scale: closure(scale))
+        opt.step(functools.partial(closure, scale))
     check("a spike of |g~| in step 4 closes the gate", opt.report.fallback_step == 4, opt.report.why)
     check("after it a step takes one gradient", opt.report.passes == 1, opt.report.passes)
 

@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gxpo
-from gxpo_conformance.bench import to_dtype
-from gxpo_conformance.budget import ALLOWED, UNIT_ROUNDOFF, Budget
+from gxpo_conformance.harness.budget import ALLOWED, UNIT_ROUNDOFF, Budget
+from gxpo_conformance.harness.findings import to_dtype
 from gxpo_conformance.protocol import config
 from gxpo_reference import oracle
 from gxpo_reference.oracle import Oracle, Trace

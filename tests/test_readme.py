@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 import gxpo
+from gxpo_conformance.adapters import torch as torch_adapter
 from gxpo_conformance.mutants import MUTANTS
-from gxpo_conformance.ports import torch_port
-from gxpo_conformance.run import run
+from gxpo_conformance.trial import judge
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -129,7 +129,7 @@ def test_the_snippet_for_sharded_checkpoints_resumes(tmp_path: Path) -> None:
 
 
 def test_the_verdict_shown_is_the_verdict() -> None:
-    verdict = run(torch_port.Port(), ["float64", "float32"])
+    verdict = judge(torch_adapter.Port(), ["float64", "float32"])
     assert f"GXPO 1.0: {verdict.headline}\nverdict: {verdict.words}\n" in README
 
 

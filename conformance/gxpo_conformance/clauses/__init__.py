@@ -1,0 +1,7 @@
+"""The clauses' checks, by what they are about. Importing anything from here registers every check."""
+
+from __future__ import annotations
+
+from gxpo_conformance.clauses import failures, gate, identities, step, toys
+
+__all__ = ["failures", "gate", "identities", "step", "toys"]

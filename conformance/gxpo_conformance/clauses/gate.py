@@ -1,0 +1,208 @@
+"""The gate: which step falls back. Scripted norms, one coordinate, so that every norm is exact; only the number of
+gradients asked is judged, except where the clause is about the single pass itself.
+
+CALM has mean 1 and population standard deviation 0.1768.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gxpo_conformance.clauses.table import check
+from gxpo_conformance.harness.findings import CaseError
+from gxpo_conformance.harness.harness import Harness, Run, Script
+from gxpo_conformance.protocol import config, declares
+from gxpo_reference.oracle import Trace
+
+CALM = (1.0, 1.25, 0.75, 1.0)
+
+
+def observed(h: float, g0: float = 1.0) -> Script:
+    """The gradients of a step with |g~| = h, |g0| = g0."""
+    return [{"w": np.array([g, 0.0])} for g in (g0, 0.5 * g0, h)]
+
+
+def play(harness: Harness, norms: Sequence[float | Script], single: Sequence[int] = (), **gate: object) -> Run:
+    """Steps with these |g~| (or these gradients); those in `single` must be single passes, all others active."""
+    run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4, "threshold": 3.0, **gate}))
+    for n, h in enumerate(norms):
+        expect(run.step(observed(h) if isinstance(h, float) else h, judge="counts"), n, n in single)
+    return run
+
+
+def expect(trace: Trace, n: int, single: bool) -> None:
+    """The case is as it was meant: the oracle agrees with what is written beside it."""
+    if (trace.outcome == "single") != single:
+        raise CaseError(f"step {n} is {trace.outcome} for the oracle ({trace.why})")
+
+
+@check("GAT-01", coarse=True)
+def the_step_that_trips_stands_and_the_rest_are_single(harness: Harness) -> None:
+    play(harness, [*CALM, 2.0, *([1.0] * 12)], single=range(5, 17))
+    play(harness, [*CALM, *CALM, *CALM])
+
+
+@check("GAT-02", coarse=True)
+def a_value_is_not_scored_against_itself(harness: Harness) -> None:
+    play(harness, [*CALM, 64.0, 1.0], single=[5])  # in a window of 4 that holds it no value scores above 1.73
+
+
+@check("GAT-03", coarse=True)
+def deviation_is_the_populations(harness: Harness) -> None:
+    play(harness, [*CALM, 1.5625, 1.0], single=[5])  # z is 3.18; with the sample's deviation 2.76
+    play(harness, [*CALM, 1.5, 1.0, 1.0])  # z is 2.83; with the mean absolute deviation 4
+
+
+@check("GAT-04", coarse=True)
+def an_unfilled_window_does_not_score(harness: Harness) -> None:
+    play(harness, [1.0, 1.25, 0.75, 64.0, 1.0, 1.0])
+    play(harness, [1.0, 64.0, 1.0, 1.0])
+
+
+@check("GAT-05", coarse=True)
+def a_low_value_is_no_danger(harness: Harness) -> None:
+    play(harness, [*CALM, 0.0625, 1.0, 1.0])
+
+
+@check("GAT-06", coarse=True)
+def only_the_latest_window_counts(harness: Harness) -> None:
+    play(harness, [64.0, *CALM, 2.0, 1.0], single=[6])
+
+
+@check("GAT-07", coarse=True)
+def statistic_is_the_corrective_norm(harness: Harness) -> None:
+    play(harness, [*CALM, observed(1.0, g0=64.0), 1.0, 1.0])
+    play(harness, [*CALM, 2.0, 1.0], single=[5])
+    # Over all tensors together: 1 and 1.5 make 1.8, which trips; 1 and 1 make 1.41, which does not (their sum would).
+    for b, trips in ((1.5, [5]), (1.0, [])):
+        run = harness.begin({"w": np.zeros(2), "v": np.zeros(1)}, config(gate={"window": 4}))
+        for n, second in enumerate([0.0] * 4 + [b, 0.0]):
+            h = 1.0 if n >= 4 else CALM[n]
+            trace = run.step(
+                [{**g, "v": np.array([v])} for g, v in zip(observed(h), (0, 0, second), strict=True)], judge="counts"
+            )
+            expect(trace, n, n in trips)
+
+
+@check("GAT-08", coarse=True)
+def a_single_pass_is_the_plain_step(harness: Harness) -> None:
+    run = play(harness, [*CALM, 2.0, 1.0], single=[5])
+    for g in ([1.0, -2.0], [0.5, 0.25]):
+        run.step([{"w": np.array(g)}])
+
+
+@check("GAT-09", coarse=True)
+def a_constant_history_is_no_error(harness: Harness) -> None:
+    play(harness, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
+    play(harness, [1.0, 1.0, 1.0, 1.0, 1.125, 1.0], single=[5])
+
+
+@check("GAT-10", coarse=True)
+def patience_wants_them_in_a_row(harness: Harness) -> None:
+    play(harness, [*CALM, 2.0, 1.0, 4.0, 1.0, 8.0, 8.0, 1.0], single=[10], patience=2)
+
+
+@check("GAT-11", coarse=True)
+def an_open_streak_keeps_its_baseline(harness: Harness) -> None:
+    play(harness, [*CALM, 4.0, 4.0, 4.0, 1.0], single=[7], patience=3)  # unpinned, the second 4 scores 1.7
+
+
+@check("GAT-12", coarse=True)
+def history_grows_under_a_streak(harness: Harness) -> None:
+    play(harness, [*CALM, 4.0, 4.0, 1.0, 4.0, 4.0, 4.0, 1.0], patience=3)  # 4 is usual by then
+
+
+@check("GAT-13", coarse=True)
+def two_sided_counts_low_values(harness: Harness) -> None:
+    play(harness, [*CALM, 0.0625, 1.0], single=[5], two_sided=True)
+    play(harness, [*CALM, 2.0, 1.0], single=[5], two_sided=True)
+
+
+@check("GAT-14", coarse=True)
+def warmup_observes_nothing_that_lasts(harness: Harness) -> None:
+    play(harness, [1.0, 1.25, 0.75, 1.0, 64.0, 1.0], warmup=3)  # 64 is the second observation, the window not full
+    play(harness, [1.0, 1.25, 0.75, 1.0, 64.0, 1.0], warmup=1)  # 64 is the fourth, the window lacks one
+    play(harness, [64.0, 64.0, 64.0, *CALM, 2.0, 1.0], single=[8], warmup=3)
+
+
+@check("GAT-15", coarse=True)
+def cooldown_ends(harness: Harness) -> None:
+    play(harness, [*CALM, 2.0, 1.0, 1.0, 1.0, 1.0], single=[5, 6], cooldown=2)
+
+
+@check("GAT-16", coarse=True)
+def cooldown_keeps_the_baseline(harness: Harness) -> None:
+    loud = observed(1.0, g0=512.0)  # single passes: they observe nothing, however large their gradient
+    # The step after the cooldown is scored at once, against the last four observations, the tripping one included.
+    play(harness, [*CALM, 2.0, loud, loud, 8.0, 1.0], single=[5, 6, 8], cooldown=2)
+    play(harness, [*CALM, 2.0, loud, loud, 2.0, 1.0], single=[5, 6], cooldown=2)
+
+
+@check("GAT-17", coarse=True)
+def budget_of_active_steps(harness: Harness) -> None:
+    play(harness, [1.0] * 8, single=[3, 4, 5, 6, 7], max_active_steps=3)
+    if declares(harness.capabilities, "gate_statistics:never"):  # it counts steps, not observations
+        play(harness, [1.0] * 5, single=[3, 4], max_active_steps=3, statistic="never")
+
+
+@check("GAT-18", coarse=True)
+def ema_scores_from_before_the_update(harness: Harness) -> None:
+    # From (1, 1): 8 would score 7 at once, but the first two are not scored. Then mu, sigma are 6.25, 4.32 (omega 0.5).
+    ema = {"baseline": "ema", "omega": 0.5, "threshold": 2.0}
+    play(harness, [8.0, 8.0, 8.0, 8.0, 8.0], **ema)
+    play(harness, [1.0, 64.0, 1.0, 1.0], **ema)  # nor is the second, 63 off
+    play(harness, [8.0, 8.0, 16.0, 8.0], single=[3], **ema)  # z = 2.26; from an updated mu, sigma never above 0.71
+    play(harness, [8.0, 8.0, 14.0, 8.0], **ema)  # z = 1.79
+    # The variance takes (h - old mu)^2: after 14, mu is 10.125, sigma 6.27, and 22 scores 1.89; with the new mu 2.4.
+    play(harness, [8.0, 8.0, 14.0, 22.0, 8.0], **ema)
+
+
+@check("GAT-19")
+def ema_deviation_has_a_floor(harness: Harness) -> None:
+    ema = {"baseline": "ema", "omega": 0.5}
+    play(harness, [*([1.0] * 20), 1.015625, 1.0], **ema)  # z = 1.6 by sigma = 0.01; the variance alone says 16
+    play(harness, [*([1.0] * 20), 1.25, 1.0], single=[21], **ema)
+
+
+@check("GAT-20", coarse=True)
+def initial_norm_is_watched(harness: Harness) -> None:
+    calm = [observed(1.0, g0=h) for h in CALM]
+    play(harness, [*calm, observed(1.0, g0=2.0), 1.0], single=[5], statistic="initial_norm")
+    play(harness, [*calm, observed(64.0), 1.0], statistic="initial_norm")
+
+
+@check("GAT-21", coarse=True)
+def disagreement_is_watched(harness: Harness) -> None:
+    def turned(x: float, y: float) -> Script:
+        return [{"w": np.array(g)} for g in ([1.0, 0.0], [0.5, 0.0], [x, y])]
+
+    calm = [turned(3.0, 4.0), turned(4.0, 3.0), turned(3.0, -4.0), turned(4.0, -3.0)]  # 0.4, 0.2, 0.4, 0.2
+    play(harness, [*calm, turned(0.0, 1.0), 1.0], single=[5], statistic="disagreement")
+    play(harness, [*calm, turned(-1.0, 0.0), 1.0], statistic="disagreement")  # opposite agrees, by the absolute value
+    play(harness, [*calm, turned(300.0, 400.0), 1.0], statistic="disagreement")
+    play(harness, [*calm, turned(0.0, 0.0), 1.0], single=[5], statistic="disagreement")  # agrees with nothing: 1
+
+
+@check("GAT-22", coarse=True)
+def never_is_never(harness: Harness) -> None:
+    play(harness, [*CALM, 64.0, 64.0, 64.0, 1.0], statistic="never")
+
+
+@check("GAT-23", coarse=True)
+def an_open_streak_keeps_its_ema(harness: Harness) -> None:
+    # After 8, 8: mu, sigma 6.25, 4.32; 40 scores 7.8. Unpinned the second 40 scores 1.4.
+    ema = {"baseline": "ema", "omega": 0.5, "threshold": 2.0, "patience": 2}
+    play(harness, [8.0, 8.0, 40.0, 40.0, 8.0], single=[4], **ema)
+
+
+@check("GAT-24", coarse=True)
+def cooldown_clears_the_streak(harness: Harness) -> None:
+    # Steps 4 and 5 trip; after one single pass step 7 starts a new streak, which alone is not two in a row.
+    play(harness, [*CALM, 2.0, 2.0, 1.0, 8.0, 1.0, 1.0], single=[6], patience=2, cooldown=1)
+
+
+@check("GAT-25", coarse=True)
+def budget_outlasts_a_cooldown(harness: Harness) -> None:
+    play(harness, [*CALM, 2.0, 1.0, 1.0, 1.0, 1.0], single=[5, 7, 8], max_active_steps=6, cooldown=1)

@@ -1,0 +1,272 @@
+"""The command gxpo-conformance."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+import textwrap
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from gxpo_conformance import repro, smoke
+from gxpo_conformance.clauses.table import CALIBRATION, CHECKS, GROUPS, SPEC_VERSION, clauses
+from gxpo_conformance.harness.findings import CaseError
+from gxpo_conformance.harness.harness import TIME_LIMIT
+from gxpo_conformance.known import read_known
+from gxpo_conformance.mutants import selftest
+from gxpo_conformance.mutants.nearest import Nearest, matrix_file
+from gxpo_conformance.process.load import load
+from gxpo_conformance.protocol import DTYPES, AdapterError, Port
+from gxpo_conformance.reports.badge import badge
+from gxpo_conformance.reports.html import html, matrix_page
+from gxpo_conformance.reports.junit import junit
+from gxpo_conformance.reports.record import Record, legible, records
+from gxpo_conformance.reports.terminal import Terminal, summary
+from gxpo_conformance.trial import Trial, judge
+from gxpo_conformance.vectors import files as vectors
+
+STATUS = (
+    "Exit status: 0 every MUST and declared option ran and passed (or is listed by --known); 1 something failed; "
+    "2 the adapter or the command line broke before a verdict; 3 incomplete, not everything ran."
+)
+
+
+def command(name: str, about: str, **more: str) -> argparse.ArgumentParser:
+    prog = f"gxpo-conformance {name}".strip()
+    return argparse.ArgumentParser(prog=prog, description=about, **more)
+
+
+def which_port(parser: argparse.ArgumentParser) -> None:
+    """The options that name a port and say where and how it runs."""
+    group = parser.add_argument_group("the port")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
+        "--impl",
+        default="",
+        metavar="MODULE:ATTRIBUTE",
+        help="the port's adapter, called without arguments (default: the bundled gxpo.py)",
+    )
+    one.add_argument(
+        "--exec", default="", metavar="COMMAND", help='a port that speaks JSON lines, "node my_port.js" say (STDIO.md)'
+    )
+    group.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it computes (default: cpu)")
+    group.add_argument(
+        "--dtype", action="append", choices=DTYPES, help="repeat for several (default: all that the port declares)"
+    )
+    group.add_argument(
+        "--time-limit",
+        type=seconds,
+        default=TIME_LIMIT,
+        metavar="SECONDS",
+        help="for one request to the port, then it has failed (default: %(default)g)",
+    )
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number of seconds > 0, got {text}")
+    return value
+
+
+def count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text}")
+    return int(text)
+
+
+def the_port(options: argparse.Namespace) -> Port:
+    return load(options.impl, options.exec, options.time_limit)
+
+
+def naming(options: argparse.Namespace) -> str:
+    """The options that name the port, for a command that reruns something."""
+    if options.exec:
+        return f" --exec {shlex.quote(options.exec)}"
+    return f" --impl {options.impl}" if options.impl else ""
+
+
+def chosen(text: str) -> list[str]:
+    """Clauses or groups, by comma."""
+    only = [o.strip().upper() for o in text.split(",") if o.strip()]
+    for o in only:
+        if o not in GROUPS and o not in clauses():
+            raise argparse.ArgumentTypeError(f"no clause or group {o!r} (groups: {', '.join(GROUPS)})")
+    return only
+
+
+# ---- The commands ----------------------------------------------------------------------------------------------------
+
+
+def verdict_of(arguments: Sequence[str]) -> int:
+    commands = "\n".join(f"  gxpo-conformance {name:<9} {about}" for name, (about, _) in COMMANDS.items())
+    parser = command(
+        "",
+        "Judge an implementation of GXPO, clause by clause (SPEC.md beside this package has the rules).",
+        epilog=f"other commands, each with its own --help:\n{commands}\n\n{textwrap.fill(STATUS, 100)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    which_port(parser)
+    parser.add_argument(
+        "--only",
+        type=chosen,
+        default=[],
+        metavar="CLAUSES",
+        help="clauses or groups, by comma: EXT,GAT-07 (leaves the verdict incomplete)",
+    )
+    parser.add_argument("--known", metavar="FILE", help="TOML file of known failures, each with a reason and a link")
+    for name, about in REPORTS.items():
+        parser.add_argument(f"--{name}", metavar="FILE", help=about)
+    parser.add_argument("--version", action="version", version=f"GXPO conformance spec {SPEC_VERSION}")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    known = read_known(options.known) if options.known else {}
+    port = the_port(options)
+    verdict = judge(port, options.dtype, options.device, options.only, Terminal(), known, options.time_limit)
+    found = records(verdict, naming(options), time.perf_counter() - began, Nearest(verdict))
+    summary(found)
+    for name in REPORTS:
+        if path := getattr(options, name):
+            write(path, FORMATS[name](found))
+    return verdict.exit_status
+
+
+def write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AdapterError(f"cannot write the report: {error}") from error
+
+
+REPORTS = {
+    "json": "also write JSON lines: a header, a line a clause and dtype, a footer",
+    "junit": "also write JUnit XML",
+    "html": "also write one self-contained page",
+    "badge": "also write a badge, as shields.io reads it from an endpoint",
+}
+FORMATS: dict[str, Callable[[list[Record]], str]] = {
+    "json": lambda found: "".join(json.dumps(r, allow_nan=False) + "\n" for r in found),
+    "junit": junit,
+    "html": lambda found: html(found, matrix_file()),
+    "badge": badge,
+}
+
+
+def list_clauses(arguments: Sequence[str]) -> int:
+    parser = command(
+        "list", "Every clause: its level, its rule, the capabilities it needs; what shows it, where, in which dtypes."
+    )
+    parser.add_argument("only", nargs="?", type=chosen, default=[], help="clauses or groups, by comma: EXT,GAT-07")
+    options = parser.parse_args(arguments)
+    for clause in clauses().values():
+        if not options.only or any(clause.id.startswith(o) for o in options.only):
+            needs = f"  [{', '.join(clause.needs)}]" if clause.needs else ""
+            print(f"{clause.id}  {clause.level:<6}  {clause.rule}{needs}")
+            check = CHECKS[clause.id]
+            leans = [lean for lean in check.leans if lean != CALIBRATION]
+            print(f"{'':16}{check.function.__name__.replace('_', ' ')}, seen at {clause.seen_at}")
+            print(f"{'':16}{', '.join(check.dtypes)}" + (f"; leans on {', '.join(leans)}" if leans else ""))
+    return 0
+
+
+def smoke_test(arguments: Sequence[str]) -> int:
+    parser = command("smoke", "Is it the adapter that is broken, or the method? A few seconds' worth of answers.")
+    which_port(parser)
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    port = the_port(options)
+    return smoke.smoke(port, options.dtype, options.device, options.time_limit, time.perf_counter() - began)
+
+
+def reproduce(arguments: Sequence[str]) -> int:
+    parser = command(
+        "repro",
+        "Play one case and show every point asked for beside the right one.",
+        epilog="TARGET: a clause (GAT-07), a vector (GAT-07/1), or a file that --case or a report's case gave.",
+    )
+    parser.add_argument("target", metavar="TARGET")
+    which_port(parser)
+    parser.add_argument("--case", metavar="FILE", help="write the failing run as JSON, to be replayed anywhere")
+    options = parser.parse_args(arguments)
+    return repro.reproduce(
+        options.target, the_port(options), options.dtype, options.device, options.case, options.time_limit
+    )
+
+
+def random_search(arguments: Sequence[str]) -> int:
+    parser = command("search", "Random cases over all that a port declares, shrunk to the smallest that fails.")
+    which_port(parser)
+    parser.add_argument("--seeds", type=count, default=5, help="0 to N - 1 (default: %(default)s)")
+    parser.add_argument("--cases", type=count, default=100, help="random cases a seed and dtype (default: %(default)s)")
+    parser.add_argument("--case", metavar="FILE", help="write the smallest failing run as JSON; repro FILE replays it")
+    options = parser.parse_args(arguments)
+    from gxpo_conformance.search import search  # needs hypothesis, which the suite does without
+
+    trial = Trial(the_port(options), options.dtype, options.device, time_limit=options.time_limit)
+    for dtype, harness in trial.harnesses.items():
+        for seed in range(options.seeds):
+            found = search(harness, seed, options.cases)
+            print(f"{trial.verdict.port}, {dtype}, seed {seed}: {'FAIL' if found else f'{options.cases} cases pass'}")
+            if found:
+                failure, case = found
+                print(f"{failure}\nconfig: {json.dumps(case['config'])}")
+                if options.case:
+                    write(options.case, json.dumps(case, indent=1) + "\n")
+                return 1
+    return 0
+
+
+def check_vectors(arguments: Sequence[str]) -> int:
+    parser = command("vectors", "Check that the files in vectors/ are what the oracle gives, case by case.")
+    parser.add_argument("--write", action="store_true", help="write them; an id never changes what it stands for")
+    options = parser.parse_args(arguments)
+    return vectors.write() if options.write else vectors.check()
+
+
+def test_the_suite(arguments: Sequence[str]) -> int:
+    parser = command("selftest", "Put wrong implementations through the suite: each must fail, by the right clause.")
+    parser.add_argument("--json", metavar="FILE", help="also write the matrix mutants x clauses x dtypes as JSON")
+    parser.add_argument("--html", metavar="FILE", help="also write it as a page")
+    parser.add_argument("--write", action="store_true", help="make it the published one (mutants/matrix.json)")
+    options = parser.parse_args(arguments)
+    matrix = selftest.selftest()
+    if options.json:
+        write(options.json, selftest.as_json(matrix))
+    if options.html:
+        write(options.html, matrix_page(matrix))
+    if options.write:
+        selftest.publish(matrix)
+    return 1 if matrix["problems"] else 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
+    "list": ("the clauses", list_clauses),
+    "smoke": ("is it the adapter or the method that is broken?", smoke_test),
+    "repro": ("play one case, point by point", reproduce),
+    "vectors": ("check the files of cases against the oracle, or write them", check_vectors),
+    "search": ("random cases, shrunk to the smallest that fails", random_search),
+    "selftest": ("test the suite itself by wrong implementations", test_the_suite),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    function = COMMANDS[given.pop(0)][1] if given and given[0] in COMMANDS else verdict_of
+    try:
+        return function(given)
+    except (AdapterError, CaseError) as error:
+        print(f"gxpo-conformance: {legible(str(error))}", file=sys.stderr)
+    except BrokenPipeError:  # whoever read the output has gone: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception:  # the suite's own fault; 1 would say that the port failed
+        traceback.print_exc()
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""Runs a port beside the oracle, on the same gradients, and says where they part.
+
+Gradients are scripted or computed by the suite; either way the oracle is given the very gradients that the port was
+given, and every step starts the oracle from the parameters that the port was seen to have, so that one error shows
+once, where it is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gxpo_conformance.harness.budget import Budget
+from gxpo_conformance.harness.findings import (
+    PHASES,
+    Boom,
+    CaseError,
+    Failure,
+    OutOfTime,
+    in_float64,
+    require_arrays,
+    require_close,
+    require_same,
+    to_dtype,
+)
+from gxpo_conformance.protocol import Arrays, Config, Gradient, Port, PortError, Session
+from gxpo_reference.oracle import Oracle, Trace
+
+MOST_ASKED = 12  # in one step; a port that goes on asking is stopped
+TIME_LIMIT = 30.0  # seconds for one request; compiling included
+FIRST_POINTS = {"update": 2, "fast steps": 3}  # for `judge`: how many points of a step it looks at
+
+Script = Sequence[Arrays]  # the gradients of one step: the i-th call gets the i-th; a further call gets the first again
+Source = Script | Gradient
+
+
+@dataclass
+class Recorder:
+    """The gradient as the port sees it; keeps copies of what was asked and given."""
+
+    source: Source
+    dtype: str
+    like: Arrays
+    losses: Sequence[float] | None = None
+    raise_at: int | None = None
+    asked: list[Arrays] = field(default_factory=list)
+    given: list[tuple[float, Arrays]] = field(default_factory=list)
+    failure: Failure | None = None  # raised into the port, which may have swallowed it
+
+    def __call__(self, params: Arrays) -> tuple[float, Arrays]:
+        i = len(self.asked)
+        try:
+            if i >= MOST_ASKED:
+                raise Failure(
+                    f"the port asked for more than {MOST_ASKED} gradients in one step", phase="gradients asked"
+                )
+            self.asked.append(require_arrays(params, self.like, f"the port asked for a gradient (call {i + 1}) at"))
+        except Failure as failure:
+            self.failure = failure
+            raise
+        if i == self.raise_at:
+            raise Boom(f"the suite's own exception, raised out of gradient {i + 1}")
+        loss, grads = self.answer(i, self.asked[-1])
+        self.given.append((loss, grads))
+        return loss, {k: g.copy() for k, g in grads.items()}
+
+    def answer(self, i: int, params: Arrays) -> tuple[float, Arrays]:
+        if any(not np.isfinite([loss, *(g.sum() for g in grads.values())]).all() for loss, grads in self.given):
+            i = 0  # a failed pass sends the port back to theta0
+        if callable(self.source):
+            loss, grads = self.source(in_float64(params))
+        else:
+            loss, grads = 0.5, self.source[i if i < len(self.source) else 0]
+        if self.losses is not None and i < len(self.losses):
+            loss = self.losses[i]
+        return float(loss), {k: to_dtype(g, self.dtype) for k, g in grads.items()}
+
+    def replay(self) -> Gradient:
+        """The same answers for the oracle: what was given, and what would have been given to whoever asks on."""
+        calls = iter(range(MOST_ASKED + 1))
+
+        def answer(params: Arrays) -> tuple[float, Arrays]:
+            i = next(calls)
+            loss, grads = self.given[i] if i < len(self.given) else self.answer(i, params)
+            return loss, in_float64(grads)
+
+        return answer
+
+
+@dataclass
+class Dialogue:
+    """One session of the port, what was asked in it and what was answered; judges nothing but manners."""
+
+    harness: Harness
+    config: Config
+    start: Arrays
+    session: Session
+    now: Arrays
+    steps: list[Recorder] = field(default_factory=list)
+    exact_ratio: bool = False  # r is a quotient without rounding, so that a case may stand on a pole of q
+    resumed_at: list[int] = field(default_factory=list)  # steps before which it was saved and loaded anew
+
+    def step(self, source: Source, losses: Sequence[float] | None = None) -> Recorder:
+        """One outer step of the port."""
+        recorder = Recorder(source, self.harness.dtype, self.now, losses)
+        self.steps.append(recorder)
+        self.harness.latest = self
+        self.harness.call("step", lambda: self.session.step(recorder))
+        if recorder.failure:  # the port swallowed it
+            raise recorder.failure
+        self.now = self.harness.params(self.session, self.now)
+        return recorder
+
+    def raising(self, source: Source, at: int) -> None:
+        """A step whose gradient `at` (from 0) raises: the exception must come out and nothing may have changed."""
+        recorder = Recorder(source, self.harness.dtype, self.now, raise_at=at)
+        self.steps.append(recorder)
+        try:
+            with self.harness.limited("step"):
+                self.session.step(recorder)
+        except (Failure, CaseError):
+            raise
+        except PortError as error:
+            raise Failure(str(error), crash=True) from error
+        except Exception as error:  # a port may wrap it, or pass it on as text over a wire
+            if "the suite's own exception" not in f"{error} {error.__cause__} {error.__context__}":
+                raise Failure(f"gradient {at + 1} raised, and this came out instead: {error!r}") from None
+        else:
+            raise Failure(f"gradient {at + 1} raised, and nothing came out of step()")
+        after = self.harness.params(self.session, self.now)
+        require_same(after, self.now, f"after gradient {at + 1} raised, theta")
+
+    def resume(self, then: Source) -> None:
+        """Save, take the step `then` (what was saved must not follow it), and go on in a fresh session."""
+        saved, now = self.harness.call("save()", self.session.save), self.now
+        recorder = Recorder(then, self.harness.dtype, now)
+        self.harness.call("step", lambda: self.session.step(recorder))
+        self.session = self.harness.session(now, self.config)
+        self.harness.call("load()", lambda: self.session.load(saved))
+        self.resumed_at.append(len(self.steps))
+
+
+@dataclass
+class Run:
+    """A dialogue with the oracle at its side."""
+
+    talk: Dialogue
+    oracle: Oracle
+    budget: Budget
+    fit: Callable[[Trace], bool] = lambda trace: True  # whether the case may be judged by this step
+    traces: list[Trace] = field(default_factory=list)
+    used: float = 0.0  # the most budgets that any point took
+
+    @property
+    def config(self) -> Config:
+        return self.talk.config
+
+    def raising(self, source: Source, at: int) -> None:
+        """A step whose gradient `at` (from 0) raises; the oracle makes no step."""
+        n = len(self.talk.steps)
+        try:
+            self.talk.raising(source, at)
+        except Failure as failure:
+            raise failure.within(f"step {n}", step=n) from failure.__cause__
+
+    def step(self, source: Source, losses: Sequence[float] | None = None, judge: str = "all") -> Trace:
+        """One outer step beside the oracle's, whose trace is returned. `judge`: what of it is compared: "all"
+        points, "counts" of gradients only, the first "update" (theta0, theta1) or both "fast steps" (theta~ as well). A
+        clause judges just what it is about, so that one mistake does not fail them all."""
+        n, start = len(self.talk.steps), self.talk.now
+        try:
+            recorder = self.talk.step(source, losses)
+            trace = self.expect(recorder, start)
+            self.compare(trace, recorder, start, judge)
+        except Failure as failure:
+            raise failure.within(f"step {n}", step=n) from failure.__cause__
+        self.traces.append(trace)
+        return trace
+
+    def expect(self, recorder: Recorder, start: Arrays) -> Trace:
+        """The oracle's step from the same parameters, on the gradients that the port was given."""
+        self.oracle.params = in_float64(start)
+        trace = self.oracle.step(recorder.replay())
+        threshold = self.config["gate"]["threshold"]
+        z = abs(trace.z) if trace.z is not None and self.config["gate"]["two_sided"] else trace.z
+        if z is not None and abs(z - threshold) < 0.01 * threshold:
+            raise CaseError(f"step {trace.step}: z = {z} lies within 1 % of the threshold {threshold}")
+        if not self.fit(trace):
+            raise CaseError(f"step {trace.step} is one that rounding could decide")
+        return trace
+
+    def compare(self, trace: Trace, recorder: Recorder, start: Arrays, judge: str) -> None:
+        asked, end = self.budget.step(trace, self.talk.exact_ratio, judge == "counts")
+        seen = recorder.asked
+        if first := FIRST_POINTS.get(judge):
+            if len(seen) < first:
+                raise Failure(
+                    f"{len(seen)} gradients asked in an active step, should be 3: what this is about cannot be seen",
+                    phase="gradients asked",
+                    got=len(seen),
+                    wanted=3,
+                )
+            seen = seen[:first]
+        if judge != "counts":
+            for got, want, budget, phase in zip(seen, trace.asked, asked, PHASES, strict=False):
+                self.used = max(self.used, require_close(got, want, budget, phase))
+        if first:
+            return
+        # After a rollback g0 may be asked for again: both are right (NUM-03).
+        again = trace.outcome == "rolled back" and len(seen) == len(trace.asked) + 1
+        if again and judge == "all":
+            require_same(seen[-1], start, "theta0, asked again,")
+        if not again and len(seen) != len(trace.asked):
+            kind = f"{trace.outcome} step" + (f" ({trace.why})" if trace.why else "")
+            raise Failure(
+                f"{len(seen)} gradients asked, should be {len(trace.asked)}: {kind}",
+                phase="gradients asked",
+                got=len(seen),
+                wanted=len(trace.asked),
+            )
+        if judge == "all":
+            want = trace.points.get("theta'", trace.points["theta0"])
+            self.used = max(self.used, require_close(self.talk.now, want, end, "theta'"))
+
+
+@dataclass
+class Harness:
+    """A port in one dtype on one device. `time_limit`: seconds for one request; None where the port sees to it."""
+
+    port: Port
+    capabilities: dict[str, Any]
+    dtype: str
+    device: str
+    time_limit: float | None = TIME_LIMIT
+    talks: list[Dialogue] = field(default_factory=list)  # of the check in progress
+    latest: Dialogue | None = None  # the one that spoke last
+
+    def call(self, what: str, function: Callable[[], Any]) -> Any:
+        try:
+            with self.limited(what):
+                return function()
+        except (Failure, CaseError):
+            raise
+        except PortError as error:
+            raise Failure(str(error), crash=True, timed_out=error.timed_out) from error
+        except (Exception, SystemExit) as error:
+            raise Failure(f"the port's {what} raised {error!r}", crash=True) from error
+
+    @contextlib.contextmanager
+    def limited(self, what: str) -> Iterator[None]:
+        """Failure where what happens inside takes more than the time limit. Needs the main thread and SIGALRM."""
+        here = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+        if self.time_limit is None or not here:
+            yield
+            return
+
+        def ring(*_: object) -> None:
+            raise OutOfTime
+
+        handler = signal.signal(signal.SIGALRM, ring)
+        timer = signal.setitimer(signal.ITIMER_REAL, self.time_limit)
+        try:
+            yield
+        except OutOfTime:
+            text = f"the port's {what} did not return within {self.time_limit:g} s"
+            raise Failure(text, crash=True, timed_out=True) from None
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, *timer)
+            signal.signal(signal.SIGALRM, handler)
+
+    def params(self, session: Session, like: Arrays) -> Arrays:
+        return require_arrays(self.call("params()", session.params), like, "params() gives")
+
+    def begin(self, params: dict[str, Any], config: Config, exact_ratio: bool = False) -> Run:
+        """A session from `params` (rounded to the run's dtype) and the oracle beside it."""
+        talk = self.talk(params, config)
+        talk.exact_ratio = exact_ratio
+        return Run(talk, Oracle(in_float64(talk.start), talk.config), Budget(talk.config, self.dtype))
+
+    def config(self, config: Config) -> Config:
+        """`config`, with a state policy that the port has where the case does not care."""
+        declared = self.capabilities["optimizer_state"]
+        return config if config["optimizer_state"] in declared else {**config, "optimizer_state": declared[0]}
+
+    def talk(self, params: dict[str, Any], config: Config) -> Dialogue:
+        """A session from `params`, rounded to the run's dtype."""
+        config = self.config(config)
+        start = {k: to_dtype(v, self.dtype) for k, v in params.items()}
+        session = self.session(start, config)
+        talk = Dialogue(self, config, start, session, start)
+        self.talks.append(talk)
+        self.latest = talk
+        talk.now = self.params(session, start)
+        require_same(talk.now, start, "params() right after start()")
+        return talk
+
+    def session(self, start: Arrays, config: Config) -> Session:
+        """A bare session of the port; arrays and config are its own copies."""
+        copies, settings = deepcopy(start), deepcopy(config)
+        return self.call("start()", lambda: self.port.start(copies, settings, dtype=self.dtype, device=self.device))

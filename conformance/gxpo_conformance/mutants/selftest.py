@@ -1,0 +1,161 @@
+"""The suite is tested, too: implementations each wrong in one way go through it, and so do right ones.
+
+Each must fail, by a clause that compares what it asked for or where it ended (a crash or a time-out proves nothing),
+the clauses that are about its mistake among them, by at least LEAST_MARGIN tolerances; and no clause may be left that
+rejects none of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from gxpo_conformance.clauses.table import CHECKS, SPEC_VERSION, clauses
+from gxpo_conformance.harness.budget import ALLOWED
+from gxpo_conformance.mutants import MUTANTS, correct
+from gxpo_conformance.protocol import DTYPES
+from gxpo_conformance.trial import FAIL, judge
+from gxpo_conformance.vectors.files import LEAST_MARGIN
+
+MATRIX = Path(str(resources.files("gxpo_conformance").joinpath("mutants", "matrix.json")))
+Matrix = dict[str, Any]
+
+
+def judged(who: str, dtype: str) -> dict[str, Any]:
+    """One implementation in one dtype: the clauses that reject it and by how many tolerances, and those it crashed in.
+    `who`: a mutant's id, or the number of a right model."""
+    port = MUTANTS[who].port() if who in MUTANTS else correct()[int(who)]
+    verdict = judge(port, [dtype])
+    kills: dict[str, float] = {}
+    crashed: dict[str, str] = {}
+    for r in verdict.every():
+        if r.verdict == FAIL and r.finding.crash:
+            crashed[r.clause.id] = r.message
+        elif r.verdict == FAIL:
+            kills[r.clause.id] = math.inf if r.finding.budgets is None else r.finding.budgets / ALLOWED
+    return {"who": who, "dtype": dtype, "kills": kills, "crashed": crashed, "passes": verdict.exit_status in (0, 3)}
+
+
+def every_judgement(jobs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
+    """In the order of `jobs`, on every core."""
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
+        yield from pool.map(judged, *zip(*jobs, strict=True))
+
+
+def selftest() -> Matrix:
+    """Runs it all, prints a line a mutant, and returns the matrix with what is wrong ("problems")."""
+    began = time.perf_counter()
+    right = [str(n) for n in range(len(correct()))]
+    jobs = [(who, dtype) for who in (*right, *MUTANTS) for dtype in DTYPES]
+    problems: list[str] = []
+    rows: dict[str, dict[str, Any]] = {}
+    for found in every_judgement(jobs):
+        who, dtype = found["who"], found["dtype"]
+        if who in right:
+            if not found["passes"]:
+                problems.append(f"a right implementation is rejected in {dtype}: {', '.join(found['kills'])}")
+            continue
+        row = rows.setdefault(who, {"kills": {}, "margins": {}})
+        row["margins"][dtype] = found["kills"]
+        row["kills"][dtype] = sorted(found["kills"], key=list(clauses()).index)
+        problems += wrong_with(found)
+        if dtype == DTYPES[-1]:
+            print(told(who, row["kills"]), flush=True)
+    made = {
+        "spec": SPEC_VERSION,
+        "mutants": [
+            {
+                **{"id": m.id, "does": m.does, "source": m.source, "style": m.style, "clauses": list(m.clauses)},
+                "kills": rows[m.id]["kills"],
+            }
+            for m in MUTANTS.values()
+        ],
+    }
+    problems += idle_clauses(rows)
+    print_summary(made, problems, time.perf_counter() - began)
+    return {**made, "problems": problems}
+
+
+def wrong_with(found: dict[str, Any]) -> list[str]:
+    """What is wrong with how the suite took one mutant in one dtype. bfloat16 shows the coarser mistakes only, so there
+    it is enough that every clause has one (`idle_clauses`)."""
+    mutant, dtype = MUTANTS[found["who"]], found["dtype"]
+    due = [c for c in mutant.clauses if dtype in CHECKS[c].dtypes and dtype != "bfloat16"]
+    wrong = [
+        f"{mutant.id} in {dtype}: {c} passes it"
+        + (f" (it crashed: {found['crashed'][c]})" if c in found["crashed"] else "")
+        for c in due
+        if c not in found["kills"]
+    ]
+    return wrong + [
+        f"{mutant.id} in {dtype}: {c} rejects it by {found['kills'][c]:.3g} tolerances only, of {LEAST_MARGIN:g}"
+        for c in due
+        if found["kills"].get(c, math.inf) < LEAST_MARGIN
+    ]
+
+
+def idle_clauses(rows: dict[str, dict[str, Any]]) -> list[str]:
+    """Clauses that in some dtype reject none of the mutants about them by enough."""
+    wrong = []
+    for c in clauses():
+        about = [m.id for m in MUTANTS.values() if c in m.clauses]
+        for dtype in CHECKS[c].dtypes:
+            most = max((rows[m]["margins"][dtype].get(c, 0.0) for m in about), default=0.0)
+            if most < LEAST_MARGIN:
+                wrong.append(
+                    f"{c} in {dtype} rejects no mutant that is about it by {LEAST_MARGIN:g}, only by {most:.3g}"
+                )
+    return wrong
+
+
+def told(who: str, kills: dict[str, list[str]]) -> str:
+    counts = " ".join(f"{len(kills[d]):>3}" for d in DTYPES)
+    return f"{who:<34} {counts}  {', '.join(MUTANTS[who].clauses)}"
+
+
+def sole_catchers(made: Matrix) -> dict[str, list[str]]:
+    """Clause -> mutants that no other clause rejects, in any dtype."""
+    found: dict[str, list[str]] = {}
+    for m in made["mutants"]:
+        kills = {c for by in m["kills"].values() for c in by}
+        if len(kills) == 1:
+            found.setdefault(kills.pop(), []).append(m["id"])
+    return {c: found[c] for c in clauses() if c in found}
+
+
+def print_summary(made: Matrix, problems: list[str], seconds: float) -> None:
+    print()
+    for clause, alone in sole_catchers(made).items():
+        print(f"{clause} alone catches {', '.join(alone)}")
+    if MATRIX.exists() and {m["id"]: m["kills"] for m in json.loads(MATRIX.read_text())["mutants"]} != {
+        m["id"]: m["kills"] for m in made["mutants"]
+    }:
+        print("the published matrix differs from this one: selftest --write makes this the published one")
+    for problem in problems:
+        print(f"PROBLEM  {problem}")
+    killed = sum(any(m["kills"].values()) for m in made["mutants"])
+    styles = [m["style"] for m in made["mutants"]]
+    print(
+        f"{killed}/{len(styles)} wrong implementations rejected ({styles.count('functional')} functional, "
+        f"{styles.count('in place')} in place), {len(problems)} problems, {seconds:.0f} s; end of selftest"
+    )
+
+
+def as_json(matrix: Matrix) -> str:
+    """The matrix, a mutant a line."""
+    head = {k: v for k, v in matrix.items() if k != "mutants"}
+    lines = ",\n".join(json.dumps(m, separators=(",", ":")) for m in matrix["mutants"])
+    return json.dumps(head)[:-1] + ', "mutants": [\n' + lines + "\n]}\n"
+
+
+def publish(matrix: Matrix) -> None:
+    MATRIX.write_text(as_json({k: v for k, v in matrix.items() if k != "problems"}), encoding="utf-8")

@@ -1,0 +1,223 @@
+"""Runs the checks against a port and comes to a verdict."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from gxpo_conformance.clauses.table import CHECKS, Clause, clauses
+from gxpo_conformance.harness.case import Case, as_case
+from gxpo_conformance.harness.findings import Failure, Finding
+from gxpo_conformance.harness.harness import TIME_LIMIT, Dialogue, Harness
+from gxpo_conformance.known import Known
+from gxpo_conformance.protocol import DTYPES, AdapterError, Port, check_capabilities, declares
+
+PASS, FAIL, ERROR, KNOWN = "pass", "fail", "error", "known-fail"
+BLOCKED, UNDECLARED, NOT_RUN = "blocked", "undeclared", "not run"
+VERDICTS = (ERROR, FAIL, KNOWN, BLOCKED, PASS, UNDECLARED, NOT_RUN)  # the worst first
+MOST_TIME_OUTS = 3  # then the rest is blocked: eighty time limits one after another would look like a stuck run
+
+
+@dataclass(frozen=True)
+class Result:
+    """One clause in one dtype."""
+
+    clause: Clause
+    dtype: str
+    verdict: str
+    message: str = ""
+    finding: Finding | None = None  # of a failure
+    talk: Dialogue | None = None  # in which it failed
+    known: Known | None = None
+    seconds: float = 0.0
+
+    def case(self) -> Case | None:
+        """The failing run as data, to stand alone; None where nothing was asked."""
+        return as_case(self.talk) if self.talk and self.talk.steps else None
+
+
+@dataclass
+class Verdict:
+    """Everything that a run found; `results` by clause, then by dtype."""
+
+    port: str
+    device: str
+    dtypes: list[str]
+    capabilities: dict[str, Any]
+    results: dict[str, dict[str, Result]] = field(default_factory=dict)
+
+    def every(self) -> list[Result]:
+        return [r for dtypes in self.results.values() for r in dtypes.values()]
+
+    def of(self, clause: str) -> str:
+        """The clause as a whole: the worst of its dtypes; "not run" where it was left out or no dtype could show it."""
+        found = {r.verdict for r in self.results.get(clause, {}).values()}
+        nothing = NOT_RUN if applies(clauses()[clause], self.capabilities) else UNDECLARED
+        return next((v for v in VERDICTS if v in found), nothing)
+
+    def count(self, level: str, *verdicts: str) -> int:
+        return sum(c.level == level and self.of(c.id) in verdicts for c in clauses().values())
+
+    def which(self, *verdicts: str) -> list[str]:
+        """Clauses that came out so."""
+        return [c for c in clauses() if self.of(c) in verdicts]
+
+    @property
+    def failed(self) -> list[str]:
+        return self.which(FAIL, ERROR)
+
+    @property
+    def complete(self) -> bool:
+        """Every MUST ran, and passed or is known to fail."""
+        return self.count("MUST", PASS, KNOWN) == self.must
+
+    @property
+    def must(self) -> int:
+        return sum(c.level == "MUST" for c in clauses().values())
+
+    @property
+    def headline(self) -> str:
+        not_run = sum(self.count(level, BLOCKED, NOT_RUN) for level in ("MUST", "OPTION"))
+        known = len(self.which(KNOWN))
+        return (
+            f"{self.count('MUST', PASS)}/{self.must} MUST, "
+            f"{self.count('OPTION', PASS)}/{self.declared} declared options, {not_run} not run"
+            + (f", {known} known to fail" if known else "")
+        )
+
+    @property
+    def declared(self) -> int:
+        """Options that bind this port."""
+        return self.count("OPTION", PASS, FAIL, ERROR, KNOWN, BLOCKED, NOT_RUN)
+
+    @property
+    def words(self) -> str:
+        if self.failed:
+            return f"not conformant: {', '.join(self.failed)}"
+        if not self.complete:
+            return "incomplete"
+        if self.which(KNOWN):
+            return f"not conformant, as known: {', '.join(self.which(KNOWN))}"
+        passed = self.count("OPTION", PASS)
+        return "conformant (core + the declared options)" if passed == self.declared > 0 else "conformant (core)"
+
+    @property
+    def exit_status(self) -> int:
+        return 1 if self.failed else 0 if self.complete else 3
+
+
+class Trial:
+    """A port under judgement: settles clauses one by one, each once, those that it leans on first.
+
+    `known`: clauses that are known to fail. Raises AdapterError where no verdict can be reached: a broken declaration,
+    an undeclared device or dtype.
+    """
+
+    def __init__(
+        self,
+        port: Port,
+        dtypes: Iterable[str] | None = None,
+        device: str = "cpu",
+        known: Mapping[str, Known] | None = None,
+        time_limit: float = TIME_LIMIT,
+    ) -> None:
+        try:
+            declared = check_capabilities(port.capabilities())
+            name = str(port.name)
+        except AdapterError:
+            raise
+        except Exception as error:
+            raise AdapterError(f"the adapter broke before the first step: {error!r}") from error
+        chosen = list(dtypes or [d for d in DTYPES if d in declared["dtypes"]])
+        for what, wanted in (("dtypes", chosen), ("devices", [device])):
+            missing = [w for w in wanted if w not in declared[what]]
+            if missing:
+                raise AdapterError(f"{name} does not declare {', '.join(missing)} among its {what}: {declared[what]}")
+        limit = None if hasattr(port, "time_limit") else time_limit  # a port in a process of its own keeps time itself
+        self.harnesses = {dtype: Harness(port, declared, dtype, device, limit) for dtype in chosen}
+        self.verdict = Verdict(name, device, chosen, declared)
+        self.known = known or {}
+        self.timed_out: list[str] = []
+
+    def settle(self, number: str) -> dict[str, Result]:
+        """The clause's results, by dtype."""
+        if number not in self.verdict.results:
+            for lean in CHECKS[number].leans:
+                self.settle(lean)
+            clause = clauses()[number]
+            self.verdict.results[number] = {
+                dtype: self.judge(clause, harness)
+                for dtype, harness in self.harnesses.items()
+                if dtype in CHECKS[number].dtypes or not applies(clause, harness.capabilities)
+            }
+        return self.verdict.results[number]
+
+    def judge(self, clause: Clause, harness: Harness) -> Result:
+        """One clause in one dtype."""
+        if not applies(clause, harness.capabilities):
+            return Result(clause, harness.dtype, UNDECLARED, "needs " + ", ".join(clause.needs))
+        if len(self.timed_out) >= MOST_TIME_OUTS:
+            return Result(clause, harness.dtype, BLOCKED, f"the port ran out of time in {', '.join(self.timed_out)}")
+        for lean in CHECKS[clause.id].leans:
+            found = self.verdict.results[lean].get(harness.dtype)
+            if found is not None and found.verdict in (FAIL, KNOWN, BLOCKED):
+                return Result(clause, harness.dtype, BLOCKED, f"leans on {lean}, which did not pass")
+        began = time.perf_counter()
+        failure, known = attempt(clause.id, harness), self.known.get(clause.id)
+        seconds = time.perf_counter() - began
+        known = known if known and (not known.dtypes or harness.dtype in known.dtypes) else None
+        if failure is None and known:
+            message = f"passes, though it is listed as known to fail ({known.reason}): take it off the list"
+            return Result(clause, harness.dtype, ERROR, message, known=known, seconds=seconds)
+        if failure is None:
+            return Result(clause, harness.dtype, PASS, seconds=seconds)
+        if failure.finding.timed_out:
+            self.timed_out.append(f"{clause.id} in {harness.dtype}")
+        return Result(
+            clause,
+            harness.dtype,
+            KNOWN if known else FAIL,
+            str(failure),
+            failure.finding,
+            harness.latest,
+            known,
+            seconds,
+        )
+
+
+def attempt(clause: str, harness: Harness) -> Failure | None:
+    """Run the check of a clause; how it failed, or None."""
+    harness.talks.clear()
+    harness.latest = None
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # what a port prints is not part of the report
+            CHECKS[clause].function(harness)
+    except Failure as failure:
+        return failure
+    return None
+
+
+def applies(clause: Clause, declared: dict[str, Any]) -> bool:
+    return all(declares(declared, need) for need in clause.needs)
+
+
+def judge(
+    port: Port,
+    dtypes: Iterable[str] | None = None,
+    device: str = "cpu",
+    only: Iterable[str] = (),
+    on_clause: Callable[[Clause, Verdict], None] = lambda clause, verdict: None,
+    known: Mapping[str, Known] | None = None,
+    time_limit: float = TIME_LIMIT,
+) -> Verdict:
+    """Judge `port` by every clause, or by those that `only` names (EXT, GAT-07). Raises as Trial does."""
+    trial = Trial(port, dtypes, device, known, time_limit)
+    for number, clause in clauses().items():
+        if not only or any(number.startswith(o) for o in only):
+            trial.settle(number)
+            on_clause(clause, trial.verdict)
+    return trial.verdict

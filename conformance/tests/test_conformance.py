@@ -1,0 +1,435 @@
+"""The suite itself: right implementations pass, wrong ones fail by the right clause, and SPEC.md says what is run."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import gxpo
+from gxpo_conformance import cli
+from gxpo_conformance import figures as measure
+from gxpo_conformance.adapters import oracle as oracle_adapter
+from gxpo_conformance.adapters import torch as torch_adapter
+from gxpo_conformance.clauses.table import CHECKS, GROUPS, SPEC, SPEC_VERSION, clauses
+from gxpo_conformance.harness.case import replay
+from gxpo_conformance.harness.findings import Failure, to_dtype
+from gxpo_conformance.harness.harness import Harness
+from gxpo_conformance.protocol import AdapterError, check_capabilities, config
+from gxpo_conformance.search import search
+from gxpo_conformance.trial import PASS, judge
+
+TIMES = re.compile(r"in [\d.]+ s")
+
+
+# ------------------------------------------------------------------------------------------------ what is right passes
+
+
+def test_gxpo_py_is_conformant(device: str) -> None:
+    verdict = judge(torch_adapter.Port(), device=device)
+    assert verdict.failed == []
+    assert verdict.exit_status == 0
+    assert verdict.words == "conformant (core + the declared options)"
+    assert verdict.headline.endswith("0 not run")
+    ran = {r.dtype for results in verdict.results.values() for r in results.values() if r.verdict == PASS}
+    assert ran == {"float64", "float32", "bfloat16"}
+
+
+def test_the_oracle_is_conformant() -> None:
+    verdict = judge(oracle_adapter.Port())
+    assert verdict.exit_status == 0
+    assert verdict.words == "conformant (core + the declared options)"
+
+
+# bfloat16 where clauses run in it: see SPEC.md, Budgets
+CELLS = [(e, o, d) for e in gxpo.ESTIMATORS for o in measure.OPTIMIZERS for d in ("float64", "float32")]
+CELLS += [("gradient", o, "bfloat16") for o in measure.OPTIMIZERS] + [("tensor", "sgd", "bfloat16")]
+
+
+@pytest.mark.parametrize(("estimator", "optimizer", "dtype"), CELLS)
+def test_right_ports_stay_within_their_budgets(estimator: str, optimizer: str, dtype: str, device: str) -> None:
+    """A budget that right ports overrun would reject somebody's correct work."""
+    port = torch_adapter.Port()
+    harness = Harness(port, check_capabilities(port.capabilities()), dtype, device)
+    rng = np.random.default_rng([7, len(estimator), len(optimizer)])
+    for _ in range(15):
+        settings = {"estimator": estimator, "optimizer": measure.OPTIMIZERS[optimizer]}
+        measure.random_run(harness, rng, settings)
+
+
+def test_what_right_ports_need_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    measure.main(["budgets", "--cases", "2", "--impl", "gxpo_conformance.adapters.oracle:Port"])
+    printed = capsys.readouterr().out
+    assert "budgets needed" in printed
+    assert printed.count("0.00 / 0.00 / 0.00") == 9  # the oracle beside itself
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+@pytest.mark.parametrize("port", [torch_adapter.Port, oracle_adapter.Port], ids=["gxpo.py", "oracle"])
+def test_random_cases_reject_no_right_port(port: type, dtype: str) -> None:
+    """Somebody's correct work must pass whatever is drawn: 20 seeds, over every option at once."""
+    declared = check_capabilities(port().capabilities())
+    if dtype not in declared["dtypes"]:
+        pytest.skip(f"{port().name} does not compute in {dtype}")
+    for seed in range(20):
+        assert search(Harness(port(), declared, dtype, "cpu"), seed, 15) is None
+
+
+def test_random_cases_find_what_is_wrong_and_shrink_it() -> None:
+    """A hundred coordinates of noise tell an author nothing; the smallest case does."""
+
+    class Off(oracle_adapter.Port):
+        def start(self, params: Any, config: Any, **where: str) -> Any:
+            return super().start(params, {**config, "alpha": config["alpha"] * 1.001}, **where)
+
+    harness = Harness(Off(), check_capabilities(Off().capabilities()), "float64", "cpu")
+    failure, case = search(harness, 1, 100)
+    assert "theta~" in str(failure)
+    assert len(case["steps"]) == len(case["params"]) == 1
+    with pytest.raises(Failure, match="theta~"):
+        replay(harness, case)
+    assert replay(Harness(oracle_adapter.Port(), harness.capabilities, "float64", "cpu"), case) < 1
+
+
+class CoreOnly(torch_adapter.Port):
+    """A port that declares no more than it must."""
+
+    name = "core only"
+
+    def capabilities(self) -> dict:
+        return {
+            "dtypes": ["float32"],
+            "devices": ["cpu"],
+            "optimizers": ["sgd"],
+            "estimators": ["gradient"],
+            "optimizer_state": ["restore"],
+            "gate_statistics": ["corrective_norm"],
+            "gate_baselines": ["window"],
+        }
+
+
+def test_what_is_not_declared_is_not_tested_and_the_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = judge(CoreOnly())
+    assert verdict.exit_status == 0
+    assert {c for c in clauses() if verdict.of(c) == "undeclared"} >= {"EST-10", "GAT-11", "CKP-01", "ATM-01", "CLP-01"}
+    assert verdict.of("OPT-05") == PASS
+    assert verdict.of("OPT-04") == "undeclared"
+
+
+# ------------------------------------------------------------------------------- what is wrong fails, by its own clause
+
+
+class AlphaOnExcess(gxpo.GXPO):
+    """alpha applied to q - 1: theta~ = theta0 + (1 + alpha (q - 1)) (theta2 - theta0)."""
+
+    def _move(self, step: Any) -> None:
+        for p, theta0 in step.theta0.items():
+            p.copy_(theta0 + (1 + self.alpha * (step.kept[p] - 1)) * (p - theta0))
+
+
+class ClippedStatistic(gxpo.GXPO):
+    """The gate fed the clipped norm."""
+
+    def _last_step(self) -> None:
+        if self._open.statistic is not None and self.max_grad_norm is not None:
+            self._open.statistic = min(self._open.statistic, self.max_grad_norm)
+        super()._last_step()
+
+
+class NeverRestored(gxpo.GXPO):
+    """optimizer_state="restore" that keeps."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "optimizer_state": "keep"})
+
+
+class RollbackForgetsState(gxpo.GXPO):
+    """Parameters come back after a failed step, the optimizer's state does not."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "rollback": False})
+
+
+class FourthPass(gxpo.GXPO):
+    """Three fast steps in place of two."""
+
+    FAST_STEPS = 3
+
+
+PLANTED: dict[str, tuple[type, set[str]]] = {
+    # the wrong one, and the clauses that must name it (whole runs and identities may fail with it)
+    "alpha on the excess": (AlphaOnExcess, {"MOV-01", "MOV-02"}),
+    "clipped statistic": (ClippedStatistic, {"CLP-03"}),
+    "state not restored": (NeverRestored, {"OPT-05"}),
+    "rollback forgets state": (RollbackForgetsState, {"ATM-02", "NUM-03", "NUM-04", "NUM-05"}),
+    "a fourth pass": (FourthPass, {"CST-01"}),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_error_is_named(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """gxpo.py itself, wrong in one place. (The suite's own mutants are many more: gxpo-conformance selftest.)"""
+    wrong, named = PLANTED[planted]
+    monkeypatch.setattr(gxpo, "GXPO", wrong)
+    verdict = judge(torch_adapter.Port(), ["float64"])
+    assert verdict.exit_status == 1
+    assert named <= set(verdict.failed), verdict.failed
+
+
+@pytest.mark.parametrize(
+    ("planted", "and_no_other"),
+    [
+        # whole runs and identities at alpha < 1 see it too, and where the corrective step starts cannot be told apart
+        ("alpha on the excess", {"MOV-01", "MOV-02", "MOV-03", "MOV-04", "COR-01", "INV", "TOY"}),
+        ("clipped statistic", {"CLP-03"}),
+        ("state not restored", {"OPT-05", "OPT-06"}),
+    ],
+)
+def test_a_planted_error_names_no_unrelated_clause(planted: str, and_no_other: set[str], monkeypatch: Any) -> None:
+    """A mistake that fails everything tells its author nothing."""
+    monkeypatch.setattr(gxpo, "GXPO", PLANTED[planted][0])
+    failed = judge(torch_adapter.Port(), ["float64"]).failed
+    assert [c for c in failed if c not in and_no_other and c[:3] not in and_no_other] == []
+
+
+def test_a_wrong_optimizer_blocks_the_rest() -> None:
+    """Forty failures with one cause send people looking in forty places."""
+
+    class Wrong(torch_adapter.Port):
+        def start(self, params: Any, config: Any, **where: str) -> Any:
+            wrong = {**config, "optimizer": {**config["optimizer"], "lr": 1.01 * config["optimizer"]["lr"]}}
+            return super().start(params, wrong, **where)
+
+    verdict = judge(Wrong(), ["float64"])
+    assert verdict.failed[0] == "OPT-01"
+    assert {verdict.of(c) for c in ("EST-01", "GAT-01", "MOV-01", "TOY-01")} == {"blocked"}
+    assert verdict.exit_status == 1
+
+
+def test_a_failure_says_where() -> None:
+    class Off(torch_adapter.Port):
+        def start(self, params: Any, config: Any, **where: str) -> Any:
+            return super().start(params, {**config, "alpha": config["alpha"] * 1.001}, **where)
+
+    result = judge(Off(), ["float32"], only=["MOV-01"]).results["MOV-01"]["float32"]
+    assert re.match(
+        r"step 0: theta~, the third point asked, differs: w\[\d\] is .*, should be .* budgets off", result.message
+    )
+
+
+# ------------------------------------------------------------------------------------------- ports that misbehave
+
+
+def session(**methods: Callable[..., Any]) -> type:
+    """gxpo.py's adapter with some of a session's methods replaced."""
+    kind = type("Odd", (torch_adapter.Session,), methods)
+
+    class Port(torch_adapter.Port):
+        def start(self, params: Any, config: Any, dtype: str = "float64", device: str = "cpu") -> Any:
+            return kind(params, config, getattr(torch, dtype), device)
+
+    return Port
+
+
+def crash(self: Any, *_: Any) -> None:
+    raise RuntimeError("out of cheese")
+
+
+def hangs(self: Any, *_: Any) -> None:
+    while True:
+        try:
+            while True:
+                pass
+        except Exception:  # what a careless port catches
+            continue
+
+
+def swallows(self: Any, grad: Any) -> None:
+    with contextlib.suppress(Exception):
+        grad({"w": np.zeros(3)})
+
+
+def asks_for_ever(self: Any, grad: Any) -> None:
+    while True:
+        grad(self.params())
+
+
+@pytest.mark.parametrize(
+    ("port", "message"),
+    [
+        (session(step=crash), "the port's step raised RuntimeError('out of cheese')"),
+        (session(params=lambda self: {"v": np.zeros(2)}), "params() gives tensors ['v'], not ['w']"),
+        (session(params=lambda self: {"w": np.zeros((1, 8))}), "params() gives 'w' of shape and dtype ((1, 8), "),
+        (session(params=lambda self: [1.0]), "params() gives tensors list, not ['w']"),
+        (session(step=asks_for_ever), "more than 12 gradients in one step"),
+        (session(step=lambda self, grad: None), "0 gradients asked in an active step, should be 3"),
+        (session(step=lambda self, grad: sys.exit(3)), "the port's step raised SystemExit(3)"),
+        (session(step=swallows), "the port asked for a gradient (call 1) at 'w' of shape and dtype"),
+        (session(params=hangs), "the port's params() did not return within 0.5 s"),
+    ],
+)
+def test_a_port_that_misbehaves_is_a_finding(port: type, message: str) -> None:
+    """Never a stack trace of the suite, never a stuck run."""
+    verdict = judge(port(), ["float64"], time_limit=0.5)
+    assert verdict.failed == ["OPT-01"]
+    assert message in verdict.results["OPT-01"]["float64"].message
+
+
+def test_a_port_that_hangs_again_and_again_does_not_cost_the_day() -> None:
+    """Eighty time limits one after another would look like a stuck run."""
+    verdict = judge(session(save=hangs)(), ["float64"], only=["CKP"], time_limit=0.3)
+    assert verdict.failed == ["CKP-01", "CKP-02", "CKP-03"]
+    left = verdict.results["CKP-04"]["float64"]
+    assert left.verdict == "blocked"
+    assert left.message == "the port ran out of time in CKP-01 in float64, CKP-02 in float64, CKP-03 in float64"
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "message"),
+    [
+        ([], "capabilities() must return a dict, got list"),
+        ({"colour": []}, "unknown key 'colour'"),
+        ({"dtypes": ["float16"]}, "capabilities()['dtypes'] must be a list out of"),
+        ({"optimizers": ["adamw"]}, "capabilities()['optimizers'] must hold 'sgd', the core"),
+        ({"checkpoint": 1}, "capabilities()['checkpoint'] must be true or false, got 1"),
+        ({"dtypes": ["bfloat16"]}, "bfloat16 alone certifies nothing"),
+    ],
+)
+def test_a_broken_declaration_is_told_before_anything_runs(capabilities: Any, message: str) -> None:
+    full = CoreOnly().capabilities()
+    with pytest.raises(AdapterError, match=re.escape(message)):
+        check_capabilities({**full, **capabilities} if isinstance(capabilities, dict) else capabilities)
+
+
+# ------------------------------------------------------------------------------------------- SPEC.md and the command
+
+
+def test_every_clause_has_a_check_and_every_check_a_clause() -> None:
+    assert set(CHECKS) == set(clauses())
+    assert {c[:3] for c in clauses()} == set(GROUPS)
+    for check in CHECKS.values():
+        assert set(check.leans) <= set(clauses())
+
+
+def test_every_clause_says_where_it_is_seen() -> None:
+    """What cannot be observed cannot be a clause."""
+    assert all(c.seen_at and c.rule.endswith(".") for c in clauses().values())
+
+
+def test_no_number_is_given_twice_or_again() -> None:
+    """A verdict of last year must still mean what it said."""
+    rows = re.findall(r"^\| ([A-Z]{3}-\d\d) \|", SPEC, re.M)
+    assert len(rows) == len(set(rows)) == len(clauses())
+    retired = re.search(r"^\*\*Retired numbers\*\*: (.*)$", SPEC, re.M)
+    assert not set(re.findall(r"[A-Z]{3}-\d\d", retired[1])) & set(rows)
+
+
+def test_every_clause_has_its_reason_and_source() -> None:
+    """A rule that nobody can justify is one that nobody can change."""
+    reasons = SPEC.split("## Reasons")[1]
+    for low, high in re.findall(r"\*?\*?([A-Z]{3}-\d\d)\*?\*? to \*?\*?(?:[A-Z]{3}-)?(\d\d)", reasons):
+        reasons += " ".join(f"{low[:3]}-{n:02d}" for n in range(int(low[4:]), int(high) + 1))
+    whole_groups = {"INV", "TOY"}  # one paragraph for all of the group
+    missing = [c for c in clauses() if c not in reasons and c[:3] not in whole_groups]
+    assert missing == []
+
+
+def test_gxpo_py_follows_this_spec() -> None:
+    """A pasted copy names the version that it follows."""
+    assert gxpo.SPEC_VERSION == SPEC_VERSION == "1.0"
+
+
+def test_clause_numbers_in_gxpo_py_exist() -> None:
+    with open(gxpo.__file__, encoding="utf-8") as file:
+        cited = set(re.findall(r"\b[A-Z]{3}-\d\d\b", file.read()))
+    assert cited
+    assert cited <= set(clauses())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "last"),
+    [
+        (["--dtype", "float64"], 0, "verdict: conformant"),
+        (["--only", "EXT,GAT-03", "--dtype", "float32"], 3, "verdict: incomplete"),
+        (["--dtype", "bfloat16"], 3, "verdict: incomplete"),
+    ],
+)
+def test_the_command_and_its_exit_status(arguments: list[str], status: int, last: str, capsys: Any) -> None:
+    assert cli.main(arguments) == status
+    printed = capsys.readouterr().out
+    assert last in printed
+    assert printed.rstrip().endswith("end of report")  # a cut-off report cannot look whole
+    assert "EXT-03  MUST" in printed
+    assert max(map(len, printed.splitlines())) <= 132
+
+
+def test_the_command_names_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gxpo, "GXPO", NeverRestored)
+    assert cli.main(["--dtype", "float64"]) == 1
+    printed = capsys.readouterr().out
+    assert "FAIL  OPT-05  float64" in printed
+    assert "verdict: not conformant: OPT-05" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--impl", "no_such_module:Port"], "--impl no_such_module:Port: ModuleNotFoundError"),
+        (["--impl", "gxpo"], "--impl must be module:attribute"),
+        (["--impl", "gxpo:nothing"], "AttributeError"),
+    ],
+)
+def test_a_broken_adapter_is_exit_status_2(arguments: list[str], message: str, capsys: Any) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert cli.main(["--device", "cuda"]) == 2
+    assert "does not declare cuda among its devices" in capsys.readouterr().err
+
+
+def test_the_suite_needs_no_torch_for_other_ports() -> None:
+    """People who port to JAX or plain numpy must not have to install torch to be judged."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from gxpo_conformance.cli import main\n"
+        "sys.exit(main(['--impl', 'gxpo_conformance.adapters.oracle:Port', '--only', 'EXT']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 3, done.stderr
+    assert "EXT-05  MUST" in done.stdout
+
+
+def test_two_runs_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for _ in range(2):
+        cli.main(["--dtype", "float32", "--only", "EST,TOY"])
+        printed.append(TIMES.sub("", capsys.readouterr().out))
+    assert printed[0] == printed[1]
+
+
+@pytest.mark.parametrize("value", [1.0, -3.0, 1.00390625, 1.01171875, 3.0e38, 1e-3, 0.0])
+def test_rounding_to_bfloat16_is_torchs(value: float) -> None:
+    """Ties to even included: a gradient that the suite rounds otherwise than the port would be another gradient."""
+    assert to_dtype(value, "bfloat16").item() == torch.tensor(value, dtype=torch.float32).bfloat16().item()
+
+
+def test_a_config_holds_every_key() -> None:
+    made = config(gate={"patience": 2}, optimizer={"name": "adamw"})
+    assert made["gate"].keys() == {
+        "statistic", "baseline", "window", "omega", "threshold", "patience", "two_sided", "warmup", "cooldown",
+        "max_active_steps",
+    }  # fmt: skip
+    assert made["optimizer"].keys() == {"name", "lr", "betas", "eps", "weight_decay"}
+    with pytest.raises(KeyError, match="no such key in a config"):
+        config(horizont=3)

@@ -1,0 +1,476 @@
+"""Ports in processes of their own, most of them misbehaving: each is a finding with the port's last words, never a
+stack trace of the suite, never a stuck run, and nothing is left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import select
+import shlex
+import sys
+import textwrap
+import threading
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gxpo_conformance import cli
+from gxpo_conformance.process import pipes, stdio
+from gxpo_conformance.process.load import load
+from gxpo_conformance.protocol import AdapterError, PortError, config
+from gxpo_conformance.trial import Verdict, judge
+
+PAGE = resources.files("gxpo_conformance").joinpath("STDIO.md").read_text(encoding="utf-8")
+ORACLE = f"{shlex.quote(sys.executable)} -m gxpo_conformance.process.serve gxpo_conformance.adapters.oracle:Port"
+
+# Greets, takes sessions, asks for two gradients a step, and misbehaves where a test puts something of its own.
+FAKE = """\
+import json, os, sys, time, signal
+def say(message):
+    print(message if isinstance(message, str) else json.dumps(message), flush=True)
+def words(text):
+    print(text, file=sys.stderr, flush=True)
+CAPABILITIES = {"dtypes": ["float64"], "devices": ["cpu"], "optimizers": ["sgd"], "estimators": ["gradient"],
+    "optimizer_state": ["keep"], "gate_statistics": ["corrective_norm"], "gate_baselines": ["window"]}
+params = {}
+def on_hello(m): say({"name": "fake", "capabilities": CAPABILITIES})
+def on_start(m): params[m["session"]] = m["params"]; say({"ok": True})
+def on_step(m):
+    for _ in range(2):
+        say({"ask": params[m["session"]]}); sys.stdin.readline()
+    say({"done": True})
+def on_params(m): say({"params": params[m["session"]]})
+def on_close(m): say({"ok": True})
+@@
+while True:
+    m = json.loads(sys.stdin.readline() or '{"op": "bye"}')
+    if m["op"] == "bye": break
+    globals()["on_" + m["op"]](m)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> Any:
+    """code -> the command of a fake port with that code in it."""
+
+    def command(code: str = "") -> str:
+        path = tmp_path / "fake.py"
+        path.write_text(FAKE.replace("@@", textwrap.dedent(code)), encoding="utf-8")
+        return f"{shlex.quote(sys.executable)} -S -E {shlex.quote(str(path))}"
+
+    return command
+
+
+def judged(command: str, time_limit: float = 5.0, only: str = "OPT-01") -> Verdict:
+    port = load("", command, time_limit)
+    try:
+        return judge(port, only=[only])
+    finally:
+        port.close()
+
+
+MISBEHAVIOUR = {  # what it does -> (code, what the finding says)
+    "exits": ('def on_step(m): words("out of cheese"); os._exit(3)', "ended with exit status 3 in place of an answer"),
+    "is killed": ('def on_step(m): words("out of cheese"); os.kill(os.getpid(), 11)', "was ended by SIGSEGV"),
+    "hangs": ('def on_step(m): words("out of cheese"); time.sleep(60)', 'did not answer "step" within 0.7 s'),
+    "ignores SIGTERM": (
+        'signal.signal(15, signal.SIG_IGN)\ndef on_step(m): words("out of cheese"); time.sleep(60)',
+        'did not answer "step" within 0.7 s',
+    ),
+    "stops reading": (
+        'def on_step(m):\n words("out of cheese")\n say({"ask": params[m["session"]]})\n time.sleep(60)',
+        'did not answer "loss" within 0.7 s',
+    ),
+    "closes its output": (
+        'def on_step(m): words("out of cheese"); os.close(1); time.sleep(60)',
+        "closed its standard output in place of an answer",
+    ),
+    "writes rubbish": (
+        'def on_step(m): words("out of cheese"); say("hello there")',
+        "not a JSON object: 'hello there'",
+    ),
+    "writes a list": ('def on_step(m): words("out of cheese"); say([1])', "not a JSON object: '[1]'"),
+    "writes no UTF-8": (
+        'def on_step(m): words("out of cheese"); os.write(1, b"\\xff\\xfe\\n")',
+        "not a JSON object",
+    ),
+    "writes NaN without quotes": (
+        'def on_params(m): words("out of cheese"); say(\'{"params": {"w": {"shape": [1], "data": [NaN]}}}\')',
+        'NaN is not JSON, "NaN" in quotes stands for it',
+    ),
+    "writes more than a double holds": (
+        'def on_params(m): words("out of cheese"); say(\'{"params": {"w": {"shape": [1], "data": [1e999]}}}\')',
+        "'1e999' is more than a double holds",
+    ),
+    "writes an endless integer": (
+        'def on_params(m): words("out of cheese"); say("9" * 10**6)',
+        """not a JSON object: '9999""",
+    ),
+    "ends in the middle of a line": (
+        'def on_step(m): words("out of cheese"); os.write(1, b\'{"ask\'); os._exit(3)',
+        """ended with exit status 3 in place of an answer to "step", in the middle of a line: '{"ask'""",
+    ),
+    "closes its input": (
+        'def on_step(m):\n words("out of cheese")\n os.close(0)\n say({"ask": params[1]})\n time.sleep(60)',
+        'did not answer "loss" within 0.7 s, having closed its standard input',
+    ),
+    "nests deeply": ('def on_step(m): words("out of cheese"); say("[" * 200000)', "not a JSON object: '[[["),
+    "answers what was not asked": (
+        'def on_step(m): words("out of cheese"); say({"ok": 1})',
+        "answered a step with: {'ok': 1}",
+    ),
+    "speaks out of turn": (
+        'def on_step(m):\n words("out of cheese")\n os.write(1, b\'{"done": true}\\n{"done": true}\\n\')',
+        """spoke out of turn: '{"done": true}'""",
+    ),
+    "asks at rubbish": (
+        'def on_step(m): words("out of cheese"); say({"ask": {"w": 3}})',
+        "asked for a gradient at what is not",
+    ),
+    "asks at too few numbers": (
+        'def on_step(m): words("out of cheese"); say({"ask": {"w": {"shape": [8], "data": [1]}}})',
+        "asked for a gradient at what is not arrays",
+    ),
+    "asks at huge numbers": (
+        'def on_step(m): words("out of cheese"); say({"ask": {"w": {"shape": [1], "data": [10**4000]}}})',
+        "asked for a gradient at what is not arrays",
+    ),
+    "refuses": (
+        'def on_params(m): words("out of cheese"); say({"error": "no idea"})',
+        """refused "params": 'no idea'""",
+    ),
+    "gives no params": ('def on_params(m): words("out of cheese"); say({})', "answered \"params\" without 'params'"),
+}
+
+
+@pytest.mark.parametrize("what", MISBEHAVIOUR)
+def test_a_port_that_misbehaves_is_a_finding_with_its_last_words(what: str, fake: Any) -> None:
+    """Its author has to learn what happened from the report, and the run has to come to an end."""
+    code, message = MISBEHAVIOUR[what]
+    verdict = judged(fake(code), time_limit=0.7)
+    found = verdict.results["OPT-01"]["float64"]
+    assert verdict.failed == ["OPT-01"]
+    assert message in found.message
+    if what != "refuses":  # it lives, and said why
+        assert "its last words: out of cheese" in found.message
+    assert found.finding.crash or what == "refuses"
+    assert "Error(" not in found.message  # of the suite's own
+
+
+def test_wrong_shapes_and_dtypes_over_the_wire_are_findings(fake: Any) -> None:
+    verdict = judged(fake('def on_step(m): say({"ask": {"v": {"shape": [1], "data": [1.0]}}})'))
+    assert "at tensors ['v'], not ['w']" in verdict.results["OPT-01"]["float64"].message
+    verdict = judged(fake('def on_params(m): say({"params": {"w": {"shape": [1], "data": ["NaN"]}}})'))
+    assert "params() gives 'w' of shape and dtype ((1,)" in verdict.results["OPT-01"]["float64"].message
+
+
+def test_a_flood_on_standard_error_neither_blocks_nor_fills_memory(fake: Any) -> None:
+    """Progress bars and debug logs are megabytes."""
+    flood = 'def on_step(m):\n for _ in range(300): os.write(2, b"x" * 65536)\n words("the end"); os._exit(1)'
+    found = judged(fake(flood)).results["OPT-01"]["float64"].message
+    assert found.endswith("xxxthe end")
+    assert len(found) < 3 * pipes.LAST_WORDS
+
+
+def test_a_flood_without_end_does_not_hold_the_run(fake: Any) -> None:
+    found = judged(fake('def on_step(m):\n while True: os.write(2, b"x" * 65536)'), time_limit=0.7)
+    assert 'did not answer "step" within 0.7 s' in found.results["OPT-01"]["float64"].message
+
+
+def test_a_line_of_a_hundred_megabytes_is_not_read_to_its_end(fake: Any) -> None:
+    long = 'def on_step(m):\n for _ in range(1600): os.write(1, b"x" * 65536)\n say("")'
+    assert "a line of more than 16 MiB" in judged(fake(long), 20.0).results["OPT-01"]["float64"].message
+
+
+def test_a_port_that_never_reads_cannot_block_the_suite(fake: Any) -> None:
+    """A full pipe blocks whoever writes into it, for ever, unless writing ends with the time limit as well."""
+    port = load("", fake("def on_start(m): time.sleep(60)"), 0.7)
+    with port, pytest.raises(PortError, match='did not answer "start" within 0.7 s'):
+        port.start({"w": np.zeros(200_000)}, config())
+
+
+def test_a_port_that_answers_unread_requests_is_told(fake: Any) -> None:
+    """It would be judged by answers to questions that it has not seen."""
+    code = 'def on_hello(m):\n say({"name": "x", "capabilities": CAPABILITIES})\n say({"ok": True})\n time.sleep(60)'
+    port = load("", fake(code), 5.0)
+    with port, pytest.raises(PortError, match="spoke out of turn|before it had read all of it"):
+        port.start({"w": np.zeros(200_000)}, config())
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "message"),
+    [
+        ("NaN", "True", "NaN is not JSON"),  # could not be sent back
+        ("1", "False", 'answered "load" with an "ok" that is not true'),
+    ],
+)
+def test_a_checkpoint_that_is_not_one_is_told(saved: str, loaded: str, message: str, fake: Any) -> None:
+    """A run that is resumed would go on from something else, and nobody would have been told."""
+    code = f'def on_save(m): say(\'{{"saved": {saved}}}\')\ndef on_load(m): say({{"ok": {loaded}}})'
+    with load("", fake(code), 5.0) as port:
+        session = port.start({"w": np.zeros(1)}, config())
+        with pytest.raises(PortError, match=message):
+            session.load(session.save())
+        assert port.process is None
+
+
+def test_a_checkpoint_of_any_depth_is_taken_or_told(fake: Any) -> None:
+    """Where reading and writing JSON give up at different depths, a stack trace of the suite would come out."""
+    code = """\
+        def on_save(m): say('{"saved": ' + "[" * m["session"] + "]" * m["session"] + "}")
+        def on_load(m): say({"ok": True})
+        """
+    with load("", fake(code), 5.0) as port:
+        for depth in range(sys.getrecursionlimit() - 110, sys.getrecursionlimit() - 20):
+            port.sessions = depth - 1
+            session = port.start({"w": np.zeros(1)}, config())
+            with contextlib.suppress(PortError):
+                session.load(session.save())
+
+
+def test_a_step_that_is_interrupted_ends_the_process(fake: Any) -> None:
+    """After Ctrl-C the port still waits for its gradient, and would take the next request for one."""
+    with load("", fake(), 5.0) as port:
+
+        def grad(params: Any) -> Any:
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            port.start({"w": np.zeros(1)}, config()).step(grad)
+        assert port.process is None
+        port.start({"w": np.zeros(1)}, config()).params()
+
+
+def test_a_grandchild_that_holds_the_pipes_does_not_hold_the_suite(fake: Any) -> None:
+    """A port that starts a server and dies: the pipes stay open, in a session of their own. Taken for a port that hangs
+    it would cost the time limit each time, and the third would block the rest of the run."""
+    code = """\
+        import subprocess
+        def on_step(m):
+            subprocess.Popen([sys.executable, "-S", "-E", "-c", "import time; time.sleep(8)"], start_new_session=True)
+            words("out of cheese")
+            os._exit(7)
+        """
+    found = judged(fake(code), time_limit=5.0).results["OPT-01"]["float64"]
+    assert 'ended with exit status 7 in place of an answer to "step"; its last words: out of cheese' in found.message
+    assert not found.finding.timed_out
+
+
+def test_what_a_port_started_ends_with_it(fake: Any, tmp_path: Path) -> None:
+    code = f"""\
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-S", "-E", "-c", "import time; time.sleep(60)"])
+        open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
+        """
+    load("", fake(code), 5.0).close()
+    with contextlib.suppress(ProcessLookupError):  # it may have gone for good already
+        watch = select.poll()
+        watch.register(os.pidfd_open(int((tmp_path / "pid").read_text())), select.POLLIN)
+        assert watch.poll(5000), "still running"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            'words("no licence"); sys.exit(4)',
+            'ended with exit status 4 in place of an answer to "hello"; its last words',
+        ),
+        ('def on_hello(m): say({"name": "x"})', 'answered hello without "name" and "capabilities"'),
+        ('def on_hello(m): say("Welcome!")', "not a JSON object: 'Welcome!'"),
+        ("def on_hello(m): time.sleep(60)", 'did not answer "hello" within 0.7 s'),
+        ('CAPABILITIES["dtypes"] = ["float16"]', "capabilities()['dtypes'] must be a list out of"),
+    ],
+)
+def test_a_port_that_cannot_be_greeted_is_a_broken_adapter(code: str, message: str, fake: Any, capsys: Any) -> None:
+    assert cli.main(["--exec", fake(code), "--time-limit", "0.7"]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("command", ["/no/such/program", "", "'unclosed"])
+def test_a_command_that_cannot_be_started_is_told(command: str) -> None:
+    with pytest.raises(AdapterError, match=r"cannot start|the port"):
+        stdio.StdioPort(command, 0.7)
+
+
+def test_it_is_started_anew_after_a_crash(fake: Any) -> None:
+    """One crash must cost one clause, not the eighty that follow."""
+    code = 'def on_step(m):\n if len(params) > 1: os._exit(1)\n say({"done": True})'
+    port = load("", fake(code), 5.0)
+    with port:
+        first, second = (port.start({"w": np.zeros(1)}, config()) for _ in range(2))
+        with pytest.raises(PortError, match="ended with exit status 1"):
+            second.step(lambda params: (0.0, params))
+        with pytest.raises(PortError, match="session 1 is gone with its process"):
+            first.params()
+        port.start({"w": np.zeros(1)}, config()).step(lambda params: (0.0, params))
+
+
+def test_nothing_is_left_behind(fake: Any) -> None:
+    """Fifty restarts in a run must not use up file descriptors, threads or processes."""
+    command = fake("def on_step(m): os._exit(1)")
+
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    port = load("", command, 5.0)
+    before = open_files(), threading.active_count()
+    for _ in range(50):
+        with pytest.raises(PortError):
+            port.start({"w": np.zeros(1)}, config()).step(lambda params: (0.0, params))
+    port.start({"w": np.zeros(1)}, config())
+    assert (open_files(), threading.active_count()) == before
+    pid = port.process.popen.pid
+    port.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)  # a zombie would still be there
+
+
+def test_what_the_loss_raises_comes_out(fake: Any) -> None:
+    """A trainer's out-of-memory must reach the trainer, not a paraphrase of it."""
+    code = """\
+        def on_step(m):
+            say({"ask": params[m["session"]]})
+            say({"raised": json.loads(sys.stdin.readline())["raise"]})
+        """
+    with load("", fake(code), 5.0) as port:
+        error = MemoryError("out of it")
+
+        def grad(params: Any) -> Any:
+            raise error
+
+        with pytest.raises(MemoryError) as raised:
+            port.start({"w": np.zeros(1)}, config()).step(grad)
+        assert raised.value is error
+
+
+def test_another_failure_in_place_of_the_losss_is_told(fake: Any) -> None:
+    """A port that loses the loss's exception would pass ATM-01 for having had some exception."""
+    code = """\
+        def on_step(m):
+            say({"ask": params[m["session"]]})
+            sys.stdin.readline()
+            say({"raised": "gone wrong"})
+        """
+
+    def grad(params: Any) -> Any:
+        raise MemoryError("out of it")
+
+    with load("", fake(code), 5.0) as port, pytest.raises(RuntimeError, match="^gone wrong$"):
+        port.start({"w": np.zeros(1)}, config()).step(grad)
+
+
+def test_what_a_port_raises_itself_comes_out(fake: Any) -> None:
+    """Its author reads it in the report."""
+    for key in ("raised", "error"):
+        found = judged(fake(f'def on_step(m): say({{"{key}": "no such kernel"}})')).results["OPT-01"]["float64"].message
+        assert "the port's step raised RuntimeError('no such kernel')" in found
+
+
+def test_a_name_that_cannot_be_printed_is_printed(fake: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Half a character in a port's name would end the command with a stack trace of the suite."""
+    code = "def on_hello(m): say({'name': 'half \\ud800', 'capabilities': CAPABILITIES})"
+    assert cli.main(["smoke", "--exec", fake(code), "--time-limit", "5"]) in (1, 2)
+    printed = capsys.readouterr()
+    assert "half \\ud800 on cpu" in printed.out
+    assert "Traceback" not in printed.err
+
+
+@pytest.mark.parametrize("wrap", ["raise ValueError('wrapped') from error", "raise ValueError('wrapped')"])
+def test_an_adapter_may_wrap_the_losss_exception(wrap: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It passes ATM-01 in process; behind the protocol it has to as well."""
+    wrapping = f"""\
+        from gxpo_conformance.adapters import oracle as oracle_adapter
+        class Session(oracle_adapter.Session):
+            def step(self, grad):
+                try:
+                    super().step(grad)
+                except Exception as error:
+                    {wrap}
+        class Port(oracle_adapter.Port):
+            def start(self, *given, **where):
+                return Session(super().start(*given, **where).oracle)
+        """
+    (tmp_path / "wrapping.py").write_text(textwrap.dedent(wrapping), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    served = f"{shlex.quote(sys.executable)} -m gxpo_conformance.process.serve wrapping:Port"
+    assert judged(served, 30.0, only="ATM").failed == []
+
+
+def test_an_adapter_behind_the_protocol_is_judged_as_it_is_in_process() -> None:
+    verdict = judged(ORACLE, 30.0, only="")
+    assert verdict.exit_status == 0
+    assert verdict.words == "conformant (core + the declared options)"
+
+
+def test_an_adapter_that_prints_does_not_get_between_the_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chatty = """\
+        from gxpo_conformance.adapters import oracle as oracle_adapter
+        print("loading")
+        class Port(oracle_adapter.Port):
+            def start(self, *given, **where):
+                print("starting", flush=True)
+                return super().start(*given, **where)
+        """
+    (tmp_path / "chatty.py").write_text(textwrap.dedent(chatty), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert judged(f"{sys.executable} -m gxpo_conformance.process.serve chatty:Port", 30.0).failed == []
+
+
+# ---------------------------------------------------------------------------------------------------------- STDIO.md
+
+MY_GXPO = """\
+import numpy as np
+from gxpo_conformance.adapters import oracle as oracle_adapter
+from gxpo_conformance.wire import from_wire, to_wire
+
+class Refused(Exception): pass
+
+class GXPO:
+    def __init__(self, theta, config):
+        try:
+            self.session = oracle_adapter.Port().start(from_wire(theta, np.float64), config)
+        except ValueError as error:
+            raise Refused(error) from error
+    def step(self, gradient):
+        def grad(params):
+            loss, grads = gradient(to_wire(params))
+            return loss, from_wire(grads, np.float64)
+        self.session.step(grad)
+    @property
+    def theta(self):
+        return to_wire(self.session.params())
+"""
+
+
+def test_the_skeleton_on_the_page_is_a_port(tmp_path: Path) -> None:
+    """People paste it. Behind it stands the oracle in place of their own method."""
+    (skeleton,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
+    (tmp_path / "my_port.py").write_text(skeleton, encoding="utf-8")
+    (tmp_path / "my_gxpo.py").write_text(MY_GXPO, encoding="utf-8")
+    verdict = judged(f"{sys.executable} {tmp_path / 'my_port.py'}", 30.0, only="")
+    assert verdict.exit_status == 0
+    assert verdict.count("OPTION", "pass") == verdict.declared == 4
+
+
+def test_the_conversation_on_the_page_is_what_a_right_port_says() -> None:
+    shown = next(t for t in re.findall(r"^```text\n(.*?)^```$", PAGE, re.M | re.S) if t.startswith("> "))
+    lines = re.sub(r"\n {4}", " ", shown).splitlines()
+    said = [json.loads(line[2:]) for line in lines if line[0] == ">"]
+    answered = [json.loads(line[2:]) for line in lines if line[0] == "<"]
+    spoken = pipes.Process(ORACLE, 30.0)
+    try:
+        for message, answer in zip(said, answered, strict=False):
+            spoken.say(message)
+            heard = spoken.hear(message)
+            if message.get("op") != "hello":  # there each names itself
+                assert heard == answer
+    finally:
+        spoken.kill()

@@ -1,1 +1,0 @@
-"""What GXPO costs, as ratios within one run: python -m gxpo_reference.bench --help."""

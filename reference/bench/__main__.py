@@ -1,5 +1,0 @@
-from __future__ import annotations
-
-from gxpo_reference.bench.cli import main
-
-main()

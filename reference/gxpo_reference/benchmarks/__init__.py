@@ -1,0 +1,1 @@
+"""What GXPO costs, as ratios within one run: python -m gxpo_reference.benchmarks --help."""

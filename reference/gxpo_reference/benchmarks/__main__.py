@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from gxpo_reference.benchmarks.cli import main
+
+main()

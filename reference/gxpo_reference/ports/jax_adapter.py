@@ -1,0 +1,77 @@
+"""The adapter of the JAX port: gxpo-conformance --impl gxpo_reference.ports.jax_adapter:Port"""
+
+from __future__ import annotations
+
+import functools
+import json
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from gxpo_conformance.protocol import Arrays, Config, Gradient, everything
+from gxpo_reference.ports.jax_gxpo import GXPO, Gate, State
+
+jax.config.update("jax_enable_x64", True)  # or float64 is float32
+
+
+def sgd(lr: float, momentum: float, weight_decay: float) -> optax.GradientTransformation:
+    """torch.optim.SGD: the decay goes through the momentum."""
+    parts = [optax.add_decayed_weights(weight_decay)] if weight_decay else []
+    return optax.chain(*parts, optax.sgd(lr, momentum=momentum or None))
+
+
+def adamw(lr: float, betas: list[float], eps: float, weight_decay: float) -> optax.GradientTransformation:
+    return optax.adamw(lr, *betas, eps=eps, weight_decay=weight_decay)
+
+
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+
+
+@functools.cache  # one for all sessions of a config: it holds no state, and what it has compiled is worth keeping
+def rule(config: str) -> GXPO:
+    settings = json.loads(config)
+    base = settings.pop("optimizer")
+    tx = OPTIMIZERS[base.pop("name")](**base)
+    return GXPO(tx, gate=Gate(**settings.pop("gate")), **settings)
+
+
+class Port:
+    name = f"jax_gxpo.py, jax {jax.__version__}, optax {optax.__version__}"
+
+    def capabilities(self) -> dict:
+        gpus = any(d.platform == "gpu" for d in jax.devices())
+        return {**everything(), "devices": ["cpu", "cuda"] if gpus else ["cpu"]}
+
+    def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
+        return Session(params, config, dtype, jax.devices("gpu" if device == "cuda" else device)[0])
+
+
+class Session:
+    def __init__(self, params: Arrays, config: Config, dtype: str, device: jax.Device) -> None:
+        self.arrays = lambda given: {k: jax.device_put(jnp.asarray(v, dtype), device) for k, v in given.items()}
+        self.gxpo, self.theta = rule(json.dumps(config)), self.arrays(params)
+        self.state: State = self.gxpo.init(self.theta)
+
+    def step(self, grad: Gradient) -> None:
+        def value_and_grad(theta: Arrays) -> tuple[float, Arrays]:
+            loss, grads = grad(out(theta))
+            return loss, self.arrays(grads)
+
+        self.theta, self.state, _ = self.gxpo.step(self.theta, self.state, value_and_grad)
+
+    def params(self) -> Arrays:
+        return out(self.theta)
+
+    def save(self) -> Any:
+        return self.theta, self.state  # nothing is ever changed in place
+
+    def load(self, saved: Any) -> None:
+        self.theta, self.state = saved
+
+
+def out(theta: Arrays) -> Arrays:
+    """As numpy arrays; bfloat16 travels as float32."""
+    return {k: np.array(v, dtype=np.float64 if v.dtype == jnp.float64 else np.float32) for k, v in theta.items()}

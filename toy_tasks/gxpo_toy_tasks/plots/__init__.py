@@ -1,0 +1,3 @@
+"""The pictures, drawn from results.json."""
+
+from __future__ import annotations
