@@ -19,7 +19,7 @@ import gxpo
 from gxpo_conformance.harness.budget import ALLOWED, UNIT_ROUNDOFF, Budget
 from gxpo_conformance.harness.findings import to_dtype
 from gxpo_conformance.protocol import config
-from gxpo_reference import oracle
+from gxpo_reference import oracle_gate
 from gxpo_reference.oracle import Oracle, Trace
 
 SHAPES = {"scalar": (), "vector": (5,), "matrix": (3, 4)}
@@ -229,11 +229,11 @@ def test_the_gate_alone_over_long_series(drawn: dict[str, Any], seed: int, sprea
     """Windows fill, streaks open and break, drifts and cooldowns come and go: every decision, on 80 steps."""
     if drawn["statistic"] == "never":
         return
-    gate, state, theirs = gxpo.Gate(**drawn), gxpo.GateState(), oracle.Gate()
+    gate, state, theirs = gxpo.Gate(**drawn), gxpo.GateState(), oracle_gate.Gate()
     rng = np.random.default_rng(seed)
     series = 1 + spread * rng.standard_t(2, 80) + rng.choice([0.0, 0.02]) * np.arange(80)
     for step, h in enumerate(series):
-        active = not oracle.why_closed(theirs, drawn, step)
+        active = not oracle_gate.why_closed(theirs, drawn, step)
         assert gate.is_open(state) == active
         state, z, streak = gate.after(state, active, float(h) if active else None)
         if not active:
@@ -241,7 +241,7 @@ def test_the_gate_alone_over_long_series(drawn: dict[str, Any], seed: int, sprea
         theirs = dataclasses.replace(theirs, completed=theirs.completed + 1)
         want = {"z": None, "streak": 0, "tripped": False}
         if step >= drawn["warmup"]:
-            theirs, want = oracle.observe(theirs, drawn, step, float(h))
+            theirs, want = oracle_gate.observe(theirs, drawn, step, float(h))
         assert z == (None if want["z"] is None else pytest.approx(want["z"], rel=1e-6, abs=1e-6))
         assert streak == want["streak"]
         assert (state.fallback_step == step) == (want["tripped"] or state.active_steps == drawn["max_active_steps"])

@@ -10,8 +10,8 @@ import torch
 
 import gxpo
 from gxpo import GXPO, Gate, GateState
-from gxpo_reference.oracle import Gate as OracleGate
-from gxpo_reference.oracle import observe
+from gxpo_reference.oracle_gate import Gate as OracleGate
+from gxpo_reference.oracle_gate import observe
 
 
 def test_omega_is_bounded_by_one_and_may_be_one() -> None:

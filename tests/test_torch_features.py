@@ -1,282 +1,38 @@
-"""gxpo.py with what torch offers beside it: its optimizers, compiler, autocast, schedulers, averages and devices.
-
-The reference is `by_hand`: a second instance of the torch optimizer does the real steps, numpy the formulas.
-"""
+"""gxpo.py with what torch offers beside optimizers: kinds of parameters, schedulers, averages, compiler, autocast."""
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import sysconfig
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from step_by_hand import (
+    HORIZON,
+    LIMIT,
+    batches,
+    by_hand,
+    close,
+    close_states,
+    mlp,
+    network,
+    same,
+    step,
+    values,
+    with_biases,
+)
 from torch import Tensor, nn
 from torch.optim import lr_scheduler, swa_utils
 
 import gxpo
 from gxpo import GXPO, Gate
 
-Loss = Callable[[list[Tensor], Tensor], Tensor]
-Options = dict[str, Any]
-
-HORIZON, ALPHA, LIMIT = 5, 0.5, 2.0
-
-
-# ---------------------------------------------------------------------------------------------------- the reference
-
-
-def clipped(params: list[Tensor], limit: float | None) -> tuple[list[np.ndarray | None], float]:
-    """The gradients as the optimizer will see them, and their norm before clipping."""
-    grads = [None if p.grad is None else p.grad.double().cpu().numpy().copy() for p in params]
-    norm = float(np.sqrt(sum((g**2).sum() for g in grads if g is not None)))
-    c = 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-    for p in params:
-        if p.grad is not None:
-            p.grad *= c
-    return [None if g is None else c * g for g in grads], norm
-
-
-def by_hand(
-    params: list[Tensor],
-    base: torch.optim.Optimizer,
-    loss: Loss,
-    x: Tensor,
-    policy: str = "keep",
-    limit: float | None = LIMIT,
-) -> tuple[list[Tensor], torch.optim.Optimizer, list[float], float]:
-    """One active step from its formulas: new parameters and optimizer (the given ones are used up), norms, mean q."""
-    theta0 = [p.detach().double().cpu().numpy().copy() for p in params]
-    fast, fast_base = copy.deepcopy((params, base))
-    pairs, norms = [], []
-    for _ in range(2):
-        fast_base.zero_grad()
-        loss(fast, x).backward()
-        g, norm = clipped(fast, limit)
-        pairs.append(g)
-        norms.append(norm)
-        fast_base.step()
-
-    ends, scales = [], []
-    for p, origin, before, after in zip(fast, theta0, *pairs, strict=True):
-        if before is None or after is None:
-            q = np.ones_like(origin)
-        else:
-            active = np.abs(before) > 1e-3 * np.sqrt(np.mean(before**2))
-            r = np.clip(np.where(active, after / np.where(active, before, 1.0), 0.0), -2.0, 3.0)
-            q = np.clip(sum(r**n for n in range(HORIZON)) / (1.0 + r), 1.0, HORIZON / 2 + 1)
-        ends.append(torch.from_numpy(np.asarray(origin + ALPHA * q * (p.detach().double().cpu().numpy() - origin))))
-        if before is not None:
-            scales.append(q.ravel())
-
-    if policy == "keep":
-        params, base = fast, fast_base
-    with torch.no_grad():
-        for p, end in zip(params, ends, strict=True):
-            p.copy_(end)
-    base.zero_grad()
-    loss(params, x).backward()
-    norms.append(clipped(params, limit)[1])
-    base.step()
-    return params, base, norms, float(np.concatenate(scales).mean())
-
-
-# ---------------------------------------------------------------------------------------------------- the problems
-
-
-def matrices(device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    made = [0.4 * torch.randn(s, generator=generator, dtype=torch.float64) for s in ((6, 8), (8, 3))]
-    return [p.to(device, dtype).requires_grad_() for p in made]
-
-
-def with_biases(device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    biases = [torch.full((n,), 0.1, device=device, dtype=dtype, requires_grad=True) for n in (8, 3)]
-    return matrices(device, dtype) + biases
-
-
-def mlp(params: list[Tensor], x: Tensor) -> Tensor:
-    """Two layers, biases or not. Steps of the sizes below change its gradient, so that r is not 1."""
-    first, second, *biases = params
-    hidden = x @ first + (biases[0] if biases else 0.0)
-    return 3.0 * (hidden.tanh() @ second + (biases[1] if biases else 0.0) - x[:, :3].sin()).square().mean()
-
-
-def batches(n: int, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randn(16, 6, generator=generator, dtype=torch.float64).to(device, dtype) for _ in range(n)]
-
-
-def step(opt: GXPO, params: list[Tensor], x: Tensor, loss: Loss = mlp) -> None:
-    def closure() -> Tensor:
-        value = loss(params, x)
-        value.backward()
-        return value
-
-    opt.step(closure)
-
-
-def values(params: list[Tensor]) -> list[Tensor]:
-    return [p.detach().clone() for p in params]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(p, q) for p, q in zip(a, b, strict=True))
-
-
-def close(a: list[Tensor], b: list[Tensor], tolerance: float = 1e-11) -> None:
-    for p, q in zip(a, b, strict=True):
-        torch.testing.assert_close(p.detach().cpu(), q.detach().cpu(), rtol=tolerance, atol=tolerance)
-
-
-def close_states(a: torch.optim.Optimizer, b: torch.optim.Optimizer) -> None:
-    for one, other in zip(a.state.values(), b.state.values(), strict=True):
-        assert one.keys() == other.keys()
-        for key, value in one.items():
-            if isinstance(value, Tensor):
-                close([value], [other[key]], 1e-10 if value.dtype == torch.float64 else 1e-6)
-            else:
-                assert value == other[key], key
-
-
-# -------------------------------------------------------------------------------------- every optimizer of torch.optim
-
-BASES: dict[str, tuple[str, Options]] = {
-    "SGD": ("SGD", {"lr": 0.1}),
-    "SGD momentum": ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
-    "SGD nesterov": ("SGD", {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
-    "SGD maximize": ("SGD", {"lr": 0.01, "maximize": True}),
-    "Adam": ("Adam", {"lr": 0.05, "weight_decay": 0.01}),
-    "Adam amsgrad": ("Adam", {"lr": 0.05, "amsgrad": True}),
-    "AdamW": ("AdamW", {"lr": 0.05, "weight_decay": 0.1}),
-    "AdamW maximize": ("AdamW", {"lr": 0.01, "maximize": True}),
-    "AdamW amsgrad": ("AdamW", {"lr": 0.05, "amsgrad": True}),
-    "AdamW tensor lr": ("AdamW", {"lr": torch.tensor(0.05, dtype=torch.float64)}),
-    "AdamW explicit": ("AdamW", {"lr": 0.05, "differentiable": False, "foreach": False, "fused": False}),
-    "Adamax": ("Adamax", {"lr": 0.05}),
-    "NAdam": ("NAdam", {"lr": 0.05, "decoupled_weight_decay": True, "weight_decay": 0.1}),
-    "RAdam": ("RAdam", {"lr": 0.05}),
-    "Adagrad": ("Adagrad", {"lr": 0.1, "lr_decay": 0.1}),
-    "Adadelta": ("Adadelta", {"lr": 1.0}),
-    "ASGD": ("ASGD", {"lr": 0.1, "t0": 3}),
-    "RMSprop": ("RMSprop", {"lr": 0.01, "momentum": 0.5, "centered": True}),
-    "Rprop": ("Rprop", {"lr": 0.01}),
-    "Adafactor": ("Adafactor", {"lr": 0.05}),
-    "Muon": ("Muon", {"lr": 0.05}),
-}
-
-
-def built(name: str, params: list[Tensor], **options: Any) -> torch.optim.Optimizer:
-    kind, given = BASES[name]
-    if not hasattr(torch.optim, kind):
-        pytest.skip(f"torch {torch.__version__} has no {kind}")
-    return getattr(torch.optim, kind)(params, **{**copy.deepcopy(given), **options})
-
-
-def start(name: str) -> list[Tensor]:
-    return matrices() if name == "Muon" else with_biases()  # Muon takes matrices only
-
-
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-@pytest.mark.parametrize("name", BASES)
-def test_every_torch_optimizer_takes_the_step_of_the_formulas(name: str, policy: str) -> None:
-    """If not, "any torch optimizer" would be true of some: state not put back, a gradient changed in place, a count
-    that runs ahead."""
-    ours, theirs = start(name), start(name)
-    opt = GXPO(built(name, ours), horizon=HORIZON, alpha=ALPHA, optimizer_state=policy, max_grad_norm=LIMIT, gate=None)
-    base = built(name, theirs)
-    for x in batches(5):
-        step(opt, ours, x)
-        theirs, base, norms, mean_q = by_hand(theirs, base, mlp, x, policy)
-        assert opt.report.outcome == "active"
-        close(ours, theirs)
-        close_states(opt.base, base)
-        assert opt.report.grad_norms == pytest.approx(norms, rel=1e-10)
-        assert opt.report.mean_q == pytest.approx(mean_q, rel=1e-10)
-
-
-def test_the_table_has_every_optimizer() -> None:
-    """A newer torch may bring one that nobody has tried; the three left out are refused (below, test_failures.py)."""
-    kinds = {n for n, k in vars(torch.optim).items() if isinstance(k, type) and issubclass(k, torch.optim.Optimizer)}
-    assert kinds - {"Optimizer", "LBFGS", "SparseAdam"} <= {kind for kind, _ in BASES.values()}
-
-
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-def test_each_group_keeps_its_rate_and_weight_decay(policy: str) -> None:
-    """If not, heads with a larger rate, or norms without weight decay, would be trained like the rest."""
-    runs = []
-    for _ in range(2):
-        params = with_biases()
-        groups = [{"params": params[:1], "lr": 0.1, "weight_decay": 0.3}, {"params": params[1:], "betas": (0.5, 0.9)}]
-        runs.append((params, torch.optim.AdamW(groups, lr=0.01, weight_decay=0.0)))
-    (ours, wrapped), (theirs, base) = runs
-    opt = GXPO(wrapped, optimizer_state=policy, max_grad_norm=LIMIT)
-    for x in batches(4):
-        step(opt, ours, x)
-        theirs, base, _, _ = by_hand(theirs, base, mlp, x, policy)
-        close(ours, theirs)
-    assert [g["lr"] for g in opt.param_groups] == [0.1, 0.01]
-
-
-def test_a_rate_that_is_a_tensor_changes_nothing() -> None:
-    """It lives in the groups, where rollback copies: one replaced by its copy would detach a scheduler or a graph."""
-    ours, theirs = with_biases(), with_biases()
-    rate = torch.tensor(0.05, dtype=torch.float64)
-    opt = GXPO(torch.optim.AdamW(ours, lr=rate))
-    twin = GXPO(torch.optim.AdamW(theirs, lr=0.05))
-    for n, x in enumerate(batches(4)):
-        step(opt, ours, x)
-        step(twin, theirs, x)
-        rate.mul_(0.5)
-        twin.param_groups[0]["lr"] = 0.05 * 0.5 ** (n + 1)
-    assert opt.param_groups[0]["lr"] is rate
-    close(ours, theirs)
-
-
-VARIANTS = [(n, "foreach") for n in BASES if n not in ("Muon", "AdamW tensor lr", "AdamW explicit")]
-VARIANTS += [(n, "fused") for n in ("SGD", "SGD momentum", "SGD nesterov", "Adam", "Adam amsgrad", "AdamW", "Adagrad")]
-
-
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-@pytest.mark.parametrize(("name", "how"), VARIANTS)
-def test_foreach_and_fused_are_the_for_loop(name: str, how: str, policy: str, device: str) -> None:
-    """If not, the faster implementation would train something else: it keeps its state elsewhere."""
-    ours, theirs = with_biases(device), with_biases(device)
-    opt = GXPO(built(name, ours, **{how: True}), optimizer_state=policy, max_grad_norm=LIMIT)
-    twin = GXPO(built(name, theirs, foreach=False), optimizer_state=policy, max_grad_norm=LIMIT)
-    for x in batches(4, device):
-        step(opt, ours, x)
-        step(twin, theirs, x)
-        close(ours, theirs, 1e-6 if name in ("ASGD", "NAdam") else 1e-11)  # torch has float32 scalars in these
-    assert opt.report.outcome == "active"
-
-
-def test_sparse_adam_is_refused_for_either_kind_of_gradient() -> None:
-    """A sparse gradient has no coordinate of its own to compare; a dense one SparseAdam itself refuses, in mid-step."""
-    for sparse, error, message in ((True, TypeError, "dense real gradients only"), (False, RuntimeError, "SparseAdam")):
-        table = nn.Embedding(5, 2, sparse=sparse)
-        opt = GXPO(torch.optim.SparseAdam(table.parameters(), lr=0.1))
-        before = values([table.weight])
-        with pytest.raises(error, match=message):
-            opt.step(lambda table=table: (loss := table(torch.tensor([1, 2])).sum(), loss.backward())[0])
-        assert same([table.weight], before)
-        assert not opt.state
-
-
-def test_an_optimizer_that_wants_a_closure_is_refused() -> None:
-    """GXPO steps from .grad; LBFGS would run the closure on its own, at points that GXPO knows nothing of."""
-    with pytest.raises(TypeError, match="steps without a closure, got <class 'torch.optim.lbfgs.LBFGS'>"):
-        GXPO(torch.optim.LBFGS(with_biases()))
-
-
-# ----------------------------------------------------------------------------------------- parameters of every sort
+# --------------------------------------------------------------------------------------------- parameters of every sort
 
 
 class TiedModel(nn.Module):
@@ -379,7 +135,7 @@ def test_two_micro_batches_are_the_whole_batch(form: str) -> None:
     assert (opt.report.outcome, opt.report.fallback_step) == ("single", 4)
 
 
-# ------------------------------------------------------------------------------------------------ beside the optimizer
+# ------------------------------------------------------------------------------------------------- beside the optimizer
 
 SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda n: 0.9**n),
@@ -449,7 +205,7 @@ def test_an_average_of_the_weights_sees_the_end_of_each_step(form: str) -> None:
     assert (int(ema.n_averaged), int(swa.n_averaged)) == (4, 4)
 
 
-# ------------------------------------------------------------------------------------------------------ the compiler
+# --------------------------------------------------------------------------------------------------------- the compiler
 
 COMPILER = shutil.which(os.environ.get("CXX", "g++")) and Path(sysconfig.get_path("include"), "Python.h").exists()
 BACKENDS = [
@@ -466,11 +222,6 @@ def no_recompiling() -> Iterator[None]:
     assert before > 0
     yield
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == before
-
-
-def network(dropout: float = 0.0) -> nn.Module:
-    torch.manual_seed(3)
-    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 3)).double()
 
 
 @by_the_compiler
@@ -525,7 +276,7 @@ def test_a_compiled_optimizer_step(policy: str) -> None:
     close_states(opt.base, twin.base)
 
 
-# ----------------------------------------------------------------------------------------------------------- autocast
+# ------------------------------------------------------------------------------------------------------------- autocast
 
 
 @pytest.mark.parametrize("form", ["closure", "passes", "lookahead"])
@@ -594,265 +345,3 @@ def test_under_autocast_a_step_that_starts_over_starts_from_its_own_weights() ->
         opt.step(closure)
     assert (opt.report.outcome, opt.report.passes) == ("rolled back", 3)
     assert same(gradients[2], gradients[0])
-
-
-# ------------------------------------------------------------------------------------------------------- schedule-free
-
-
-def schedule_free(params: list[Tensor], **options: Any) -> Any:
-    package = pytest.importorskip("schedulefree", reason="the package schedulefree is not installed")
-    base = package.AdamWScheduleFree(params, lr=0.05, weight_decay=0.1, warmup_steps=4, r=1.0, **options)
-    base.train()
-    return base
-
-
-def snapshot(base: torch.optim.Optimizer, params: list[Tensor]) -> str:
-    """Everything that a failed step has to put back, to the last bit."""
-
-    def plain(entries: Any) -> dict[str, Any]:
-        return {k: v.tolist() if isinstance(v, Tensor) else v for k, v in entries.items() if k != "params"}
-
-    return repr((plain(dict(enumerate(params))), [plain(d) for d in (*base.state.values(), *base.param_groups)]))
-
-
-@pytest.mark.parametrize("foreach", [False, True])
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-def test_schedule_free_takes_the_step_of_the_formulas(policy: str, foreach: bool) -> None:
-    """It divides .grad in place, counts in its groups, and its parameters are y: any of these could spoil r or s0."""
-    ours, theirs = with_biases(), with_biases()
-    opt = GXPO(schedule_free(ours, foreach=foreach), optimizer_state=policy, max_grad_norm=LIMIT)
-    base = schedule_free(theirs, foreach=foreach)
-    for n, x in enumerate(batches(6)):
-        step(opt, ours, x)
-        theirs, base, norms, mean_q = by_hand(theirs, base, mlp, x, policy)
-        close(ours, theirs)
-        close_states(opt.base, base)
-        assert opt.report.grad_norms == pytest.approx(norms, rel=1e-10)
-        assert opt.report.mean_q == pytest.approx(mean_q, rel=1e-10)
-        for key in ("k", "weight_sum", "lr_max", "scheduled_lr"):
-            assert opt.param_groups[0][key] == base.param_groups[0][key], key
-        assert opt.param_groups[0]["k"] == (n + 1) * (3 if policy == "keep" else 1)
-        if n == 2:  # evaluate at x in between: y again afterwards
-            for either in (opt, base):
-                either.eval()
-            close(ours, theirs)
-            for either in (opt, base):
-                either.train()
-
-
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-@pytest.mark.parametrize("at", [1, 2, 3])
-@pytest.mark.parametrize("after", [0, 2])
-def test_a_failed_step_leaves_no_trace_in_schedule_free(after: int, at: int, policy: str) -> None:
-    """z, the second moments, and k, weight_sum, lr_max in the groups, bit for bit; the y iterate as well."""
-    params = with_biases()
-    opt = GXPO(schedule_free(params), optimizer_state=policy)
-    for x in batches(after):
-        step(opt, params, x)
-    before = snapshot(opt.base, params)
-    calls = []
-
-    def fails(params: list[Tensor], x: Tensor) -> Tensor:
-        calls.append(0)
-        if len(calls) == at:
-            raise MemoryError
-        return mlp(params, x)
-
-    with pytest.raises(MemoryError):
-        step(opt, params, batches(1)[0], fails)
-    assert snapshot(opt.base, params) == before
-
-
-def test_schedule_free_that_is_not_in_train_mode_says_so_and_loses_nothing() -> None:
-    """Its own check fires in the first fast step; nobody then must be left at theta1."""
-    params = with_biases()
-    opt = GXPO(schedule_free(params))
-    step(opt, params, batches(1)[0])
-    opt.eval()
-    before = snapshot(opt.base, params)
-    with pytest.raises(Exception, match="not in train mode"):
-        step(opt, params, batches(1)[0])
-    assert snapshot(opt.base, params) == before
-
-
-# ------------------------------------------------------------------------------------------------- what users get wrong
-
-
-def refused(opt: GXPO, params: list[Tensor], closure: Callable[[], Any], message: str) -> None:
-    """The error, nothing lost, and a good step afterwards."""
-    before = snapshot(opt.base, params), opt.gate_state
-    with pytest.raises(RuntimeError, match=message):
-        opt.step(closure)
-    assert (snapshot(opt.base, params), opt.gate_state) == before
-    step(opt, params, batches(1)[0])
-    assert opt.report.outcome == "active"
-
-
-@pytest.mark.parametrize("at", [2, 3])
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-def test_a_late_pass_without_gradients(policy: str, at: int) -> None:
-    """A loss cached from pass 1, or a batch that is used up: a step from no gradient would count as one."""
-    params = with_biases()
-    opt = GXPO(torch.optim.AdamW(params, lr=0.05), optimizer_state=policy)
-    step(opt, params, batches(1)[0])
-    calls: list[int] = []
-
-    def closure() -> float:
-        calls.append(0)
-        if len(calls) < at:
-            mlp(params, batches(1)[0]).backward()
-        return 1.0
-
-    refused(opt, params, closure, "no parameter has a gradient: was backward")
-
-
-@pytest.mark.parametrize("how", ["step()", "step(closure)", "passes()"])
-@pytest.mark.parametrize("at", [1, 2, 3])
-def test_a_step_inside_the_closure(at: int, how: str) -> None:
-    """optimizer.step() left in the closure by habit would take a step of its own at every pass."""
-    params = with_biases()
-    opt = GXPO(torch.optim.AdamW(params, lr=0.05))
-    step(opt, params, batches(1)[0])
-    calls: list[int] = []
-
-    def closure() -> Tensor:
-        calls.append(0)
-        loss = mlp(params, batches(1)[0])
-        loss.backward()
-        if len(calls) == at:
-            {"step()": opt.step, "step(closure)": lambda: opt.step(closure), "passes()": lambda: next(opt.passes())}[
-                how
-            ]()
-        return loss
-
-    refused(opt, params, closure, "needs a closure" if how == "step()" else "another step in the middle of a step")
-
-
-def test_gxpo_around_gxpo_and_a_step_of_another_inside_the_closure() -> None:
-    """The first would take nine gradients for one step; the second is bilevel training, and must not mix the two."""
-    params, inner = with_biases(), [torch.ones(3, dtype=torch.float64, requires_grad=True)]
-    opt = GXPO(torch.optim.AdamW(params, lr=0.05))
-    with pytest.raises(TypeError, match="got <class 'gxpo.GXPO'>"):
-        GXPO(opt)
-    alone = with_biases()
-    twin = GXPO(torch.optim.AdamW(alone, lr=0.05))
-    other = GXPO(torch.optim.SGD(inner, lr=0.1))
-    for x in batches(3):
-
-        def with_another(params: list[Tensor], x: Tensor) -> Tensor:
-            step(other, inner, x, lambda own, _: (own[0] ** 2).sum())
-            return mlp(params, x)
-
-        step(opt, params, x, with_another)
-        step(twin, alone, x)
-        assert opt.report == twin.report
-    assert same(params, alone)
-    assert other.gate_state.step == 9
-
-
-@pytest.mark.parametrize("set_to_none", [False, True])
-def test_zero_grad_in_the_closure_is_harmless(set_to_none: bool) -> None:
-    """Every closure written for LBFGS has one. Zeroing in place must not write to the gradients that GXPO keeps."""
-    ours, theirs = with_biases(), with_biases()
-    unused = torch.ones(3, dtype=torch.float64, requires_grad=True)
-    opt = GXPO(torch.optim.AdamW([*ours, unused], lr=0.05), gate=Gate("disagreement"))
-    twin = GXPO(torch.optim.AdamW(theirs, lr=0.05), gate=Gate("disagreement"))
-    for x in batches(3):
-
-        def zeroed(params: list[Tensor], x: Tensor) -> Tensor:
-            opt.zero_grad(set_to_none=set_to_none)
-            return mlp(params, x)
-
-        step(opt, ours, x, zeroed)
-        step(twin, theirs, x)
-        assert opt.report == twin.report
-    assert same(ours, theirs)
-    assert torch.equal(unused, torch.ones(3, dtype=torch.float64))
-
-
-# --------------------------------------------------------------------------------------------------------------- CUDA
-
-ON_CUDA: list[Options] = [{}, {"foreach": False}, {"foreach": True}, {"fused": True}, {"capturable": True}]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("settings", [{}, {"estimator": "displacement", "optimizer_state": "restore"}])
-@pytest.mark.parametrize("options", ON_CUDA)
-def test_cuda_is_the_cpu(options: Options, settings: dict[str, Any]) -> None:
-    """If not, what was tested on a CPU says nothing about where people train."""
-    here, there = with_biases(), with_biases("cuda")
-    gate = Gate(window=5, threshold=2.0, patience=1, cooldown=3)
-    opt = GXPO(torch.optim.AdamW(here, lr=0.01), max_grad_norm=LIMIT, gate=gate, **settings)
-    twin = GXPO(torch.optim.AdamW(there, lr=0.01, **options), max_grad_norm=LIMIT, gate=gate, **settings)
-    for n, x in enumerate(batches(20)):
-        x = x * (4.0 if n == 9 else 1.0)
-        step(opt, here, x)
-        step(twin, there, x.cuda())
-        assert (opt.report.outcome, opt.report.passes) == (twin.report.outcome, twin.report.passes)
-        close(there, here, 1e-10)
-    assert opt.gate_state.fallback_step is not None
-
-
-@pytest.mark.cuda
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
-@pytest.mark.parametrize(
-    "settings", [{}, {"estimator": "displacement", "optimizer_state": "restore"}, {"gate": Gate("disagreement")}]
-)
-@pytest.mark.parametrize("options", ON_CUDA)
-def test_only_the_reading_of_the_figures_waits_for_the_gpu(
-    options: Options, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each wait stalls the GPU; one a pass, in `_read`, is what deciding takes. Anywhere else torch raises here."""
-    params = with_biases("cuda")
-    opt = GXPO(torch.optim.AdamW(params, lr=0.01, **options), max_grad_norm=0.1, **settings)
-    x, read, waits = batches(1, "cuda")[0], GXPO._read, []
-    step(opt, params, x)  # allocations and lazy initialisation
-
-    def reading(self: GXPO, *arguments: Any) -> Any:
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                return read(self, *arguments)
-        finally:
-            torch.cuda.set_sync_debug_mode("error")
-            waits.append(len(caught))
-
-    monkeypatch.setattr(GXPO, "_read", reading)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(opt, params, x)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert waits == [1, 1, 1]
-
-
-@pytest.mark.cuda
-@pytest.mark.parametrize("policy", gxpo.STATE_POLICIES)
-def test_parameters_on_two_devices(policy: str) -> None:
-    """An embedding left on the CPU: norms, clip and rollback have to reach both; nothing may be moved."""
-    here, split = with_biases(), with_biases()
-    split[0] = split[0].detach().cuda().requires_grad_()
-
-    def loss(params: list[Tensor], x: Tensor) -> Tensor:
-        return mlp([p.cpu() for p in params], x)
-
-    opt = GXPO(torch.optim.AdamW(here, lr=0.05), optimizer_state=policy, max_grad_norm=LIMIT)
-    twin = GXPO(torch.optim.AdamW(split, lr=0.05), optimizer_state=policy, max_grad_norm=LIMIT)
-    for x in batches(5):
-        step(opt, here, x)
-        step(twin, split, x, loss)
-        close(split, here, 1e-10)
-        assert twin.report.grad_norms == pytest.approx(opt.report.grad_norms, rel=1e-10)
-    assert [p.device.type for p in split] == ["cuda", "cpu", "cpu", "cpu"]
-
-
-@pytest.mark.cuda
-def test_dropout_masks_on_cuda_agree_in_all_passes() -> None:
-    """The GPU has a generator of its own. With a rate of 0 only other masks could change the gradient."""
-    net, x = network(dropout=0.5).cuda(), batches(1, "cuda")[0]
-    opt = GXPO(torch.optim.SGD(net.parameters(), lr=0.0))
-    for _ in opt.passes():
-        net(x).square().mean().backward()
-    assert opt.report.grad_norms == pytest.approx([opt.report.grad_norms[0]] * 3, rel=1e-12)

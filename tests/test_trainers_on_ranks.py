@@ -7,7 +7,6 @@ and swaps the parameters in the optimizer's groups, as it does there.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ from gxpo import GXPO, Gate, Report
 
 SETTINGS = {"max_grad_norm": 1.0, "gate": Gate(window=3, threshold=2.0, patience=1, cooldown=2)}
 Run = tuple[list[Tensor], list[float], str]  # parameters, figures of every report, what the model became
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
-    made = Ranks(tmp_path_factory.mktemp("ranks"))
-    yield made
-    made.close()
 
 
 # ------------------------------------------------------------------------------------------------------ on one rank

@@ -36,9 +36,14 @@ STATUS = (
 )
 
 
-def command(name: str, about: str, **more: str) -> argparse.ArgumentParser:
+def command(
+    name: str,
+    about: str,
+    epilog: str | None = None,
+    formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
+) -> argparse.ArgumentParser:
     prog = f"gxpo-conformance {name}".strip()
-    return argparse.ArgumentParser(prog=prog, description=about, **more)
+    return argparse.ArgumentParser(prog=prog, description=about, epilog=epilog, formatter_class=formatter_class)
 
 
 def which_port(parser: argparse.ArgumentParser) -> None:
@@ -223,24 +228,31 @@ def random_search(arguments: Sequence[str]) -> int:
 
 def check_vectors(arguments: Sequence[str]) -> int:
     parser = command("vectors", "Check that the files in vectors/ are what the oracle gives, case by case.")
-    parser.add_argument("--write", action="store_true", help="write them; an id never changes what it stands for")
+    parser.add_argument(
+        "--write",
+        metavar="FOLDER",
+        help="write them there, ids as they are here; an id never changes what it stands for (in a checkout, to make "
+        "them the suite's: conformance/gxpo_conformance/vectors)",
+    )
     options = parser.parse_args(arguments)
-    return vectors.write() if options.write else vectors.check()
+    return vectors.write(options.write) if options.write else vectors.check()
 
 
 def test_the_suite(arguments: Sequence[str]) -> int:
     parser = command("selftest", "Put wrong implementations through the suite: each must fail, by the right clause.")
-    parser.add_argument("--json", metavar="FILE", help="also write the matrix mutants x clauses x dtypes as JSON")
+    parser.add_argument(
+        "--json",
+        metavar="FILE",
+        help="also write the matrix mutants x clauses x dtypes as JSON (in a checkout, to make it the published one: "
+        "conformance/gxpo_conformance/mutants/matrix.json)",
+    )
     parser.add_argument("--html", metavar="FILE", help="also write it as a page")
-    parser.add_argument("--write", action="store_true", help="make it the published one (mutants/matrix.json)")
     options = parser.parse_args(arguments)
     matrix = selftest.selftest()
     if options.json:
         write(options.json, selftest.as_json(matrix))
     if options.html:
         write(options.html, matrix_page(matrix))
-    if options.write:
-        selftest.publish(matrix)
     return 1 if matrix["problems"] else 0
 
 

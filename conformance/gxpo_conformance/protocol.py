@@ -23,15 +23,19 @@ class Session(Protocol):
 
     def step(self, grad: Gradient) -> None:
         """One outer step. Each call of `grad` is one backward pass, and is counted. What `grad` raises comes out."""
+        ...
 
     def params(self) -> Arrays:
         """The parameters now."""
+        ...
 
     def save(self) -> object:
         """Everything needed to go on later. Only with the capability "checkpoint"."""
+        ...
 
     def load(self, saved: Any) -> None:
         """Go on from `saved`, in a fresh session with the same config. Only with the capability "checkpoint"."""
+        ...
 
 
 class Port(Protocol):
@@ -41,9 +45,11 @@ class Port(Protocol):
 
     def capabilities(self) -> dict[str, Any]:
         """What the port declares; see CAPABILITIES. What is not declared is not tested, and the report says so."""
+        ...
 
     def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
         """A run from `params`. ValueError for a config that makes no sense or that the port does not take."""
+        ...
 
 
 CAPABILITIES: dict[str, tuple[str, ...] | type[bool]] = {
@@ -71,7 +77,7 @@ CORE = {
 
 def everything() -> dict[str, Any]:
     """The declaration of a port that has it all."""
-    return {key: True if choices is bool else list(choices) for key, choices in CAPABILITIES.items()}
+    return {key: list(choices) if isinstance(choices, tuple) else True for key, choices in CAPABILITIES.items()}
 
 
 class AdapterError(Exception):
@@ -110,7 +116,7 @@ def check_capabilities(declared: object) -> dict[str, Any]:
             raise AdapterError(f"capabilities()[{key!r}] must hold {needed!r}, the core; got {checked[key]!r}")
     for key in ("dtypes", "devices", "optimizer_state"):
         if not checked[key]:
-            raise AdapterError(f"capabilities()[{key!r}] must name at least one of {list(CAPABILITIES[key])}")
+            raise AdapterError(f"capabilities()[{key!r}] must name at least one of {everything()[key]}")
     if not {"float64", "float32"} & set(checked["dtypes"]):
         raise AdapterError("capabilities()['dtypes'] must hold float64 or float32: bfloat16 alone certifies nothing")
     return checked

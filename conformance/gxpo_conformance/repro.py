@@ -76,7 +76,7 @@ def clause(number: str, trial: Trial, case_file: str | None) -> int:
             if result.talk:
                 show(result.talk)
             found = Nearest(trial.verdict).of(result)
-            if found:
+            if found and result.finding:
                 print(f"{how(result.finding)}: {found.does} ({found.id})")
             case = result.case()
             if case_file and case:

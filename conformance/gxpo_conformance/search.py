@@ -107,7 +107,7 @@ def plans(draw: st.DrawFn, harness: Harness) -> Plan:
 
 def decided(trace: Trace, made: Config, dtype: str) -> bool:
     """Whether this step is far from anything that rounding could turn the other way."""
-    if trace.baseline is not None:
+    if trace.baseline is not None and trace.statistic is not None:
         (mu, sigma), gate = trace.baseline, made["gate"]
         off = 256 * UNIT_ROUNDOFF["float64" if dtype == "float64" else "float32"] * max(mu, trace.statistic, 1.0)
         h = trace.statistic - mu
@@ -150,7 +150,7 @@ def search(harness: Harness, seed: int, cases: int) -> tuple[Failure, Case] | No
         database=None,
         report_multiple_bugs=False,
         print_blob=False,
-        suppress_health_check=list(hypothesis.HealthCheck),
+        suppress_health_check=list(hypothesis.HealthCheck),  # pyright: ignore[reportArgumentType]  # typed as iterating over the metaclass
     )
     @hypothesis.given(plans(harness))
     def property_of_a_right_port(plan: Plan) -> None:
@@ -166,5 +166,6 @@ def search(harness: Harness, seed: int, cases: int) -> tuple[Failure, Case] | No
     try:
         property_of_a_right_port()
     except Failure:  # the smallest is the last that was played
+        assert harness.latest is not None
         return found[-1], as_case(harness.latest)
     return None

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gxpo_conformance import cli
 from gxpo_conformance.clauses.table import clauses
 
 ORACLE = "gxpo_conformance.adapters.oracle:Port"
+TIMES = re.compile(r"in [\d.]+ s")
 
 
 @pytest.fixture
@@ -257,3 +259,63 @@ def test_the_pytest_entry_takes_known_failures(wrong: str, tmp_path: Path) -> No
     (tmp_path / "known.toml").write_text(KNOWN.format(clause="MOV-02"), encoding="utf-8")
     assert "1 xfailed" in pytest_in(tmp_path, wrong, "known.toml", "MOV-02")
     assert "XPASS(strict)" in pytest_in(tmp_path, ORACLE, "known.toml", "MOV-02")
+
+
+# -------------------------------------------------------------------------------------------------------- exit statuses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "last"),
+    [
+        (["--dtype", "float64"], 0, "verdict: conformant"),
+        (["--only", "EXT,GAT-03", "--dtype", "float32"], 3, "verdict: incomplete"),
+        (["--dtype", "bfloat16"], 3, "verdict: incomplete"),
+    ],
+)
+def test_the_command_and_its_exit_status(arguments: list[str], status: int, last: str, capsys: Any) -> None:
+    assert cli.main(arguments) == status
+    printed = capsys.readouterr().out
+    assert last in printed
+    assert printed.rstrip().endswith("end of report")  # a cut-off report cannot look whole
+    assert "EXT-03  MUST" in printed
+    assert max(map(len, printed.splitlines())) <= 132
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--impl", "no_such_module:Port"], "--impl no_such_module:Port: ModuleNotFoundError"),
+        (["--impl", "gxpo"], "--impl must be module:attribute"),
+        (["--impl", "gxpo:nothing"], "AttributeError"),
+    ],
+)
+def test_a_broken_adapter_is_exit_status_2(arguments: list[str], message: str, capsys: Any) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_there_is_exit_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert cli.main(["--device", "cuda"]) == 2
+    assert "does not declare cuda among its devices" in capsys.readouterr().err
+
+
+def test_the_suite_needs_no_torch_for_other_ports() -> None:
+    """People who port to JAX or plain numpy must not have to install torch to be judged."""
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from gxpo_conformance.cli import main\n"
+        "sys.exit(main(['--impl', 'gxpo_conformance.adapters.oracle:Port', '--only', 'EXT']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 3, done.stderr
+    assert "EXT-05  MUST" in done.stdout
+
+
+def test_two_runs_print_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for _ in range(2):
+        cli.main(["--dtype", "float32", "--only", "EST,TOY"])
+        printed.append(TIMES.sub("", capsys.readouterr().out))
+    assert printed[0] == printed[1]

@@ -10,7 +10,8 @@ One active step, three gradients of the same batch (U: the optimizer; c: clip fa
     theta~ = theta0 + alpha (thetaK - theta0)    the partial move
     g~ = grad L(theta~)                          theta', s' = U(theta~, s0 or s2, c~ g~)
 
-A gate watches one number per active step; once it trips, every step is the ordinary one-pass U(theta0, s0, c0 g0).
+A gate (oracle_gate.py) watches one number per active step; once it trips, every step is the ordinary one-pass
+U(theta0, s0, c0 g0).
 Everything below is a function from old values to new ones; `Oracle.step` stores its results in one place, at its end,
 so that an exception or a rollback has nothing to undo.
 
@@ -29,6 +30,8 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+
+from gxpo_reference.oracle_gate import NO_GATE, Gate, observe, why_closed
 
 Arrays = dict[str, np.ndarray]
 Gradient = Callable[[Arrays], tuple[float, Arrays]]  # the loss and its gradient at a point
@@ -145,75 +148,6 @@ def adamw(
 
 OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
 
-# ---- The gate: is this step active, and what does one more observation change? --------------------------------------
-
-
-@dataclass(frozen=True)
-class Gate:
-    """All that the gate remembers."""
-
-    count: int = 0  # observations made
-    recent: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the latest of them, oldest first
-    mu: float = 1.0  # of the ema baseline
-    var: float = 1.0  # of the ema baseline; its floor applies where sigma is read, not here
-    streak: int = 0  # surprising observations in a row
-    pin: np.ndarray | None = None  # (mu, sigma) that scored the open streak's first member
-    reference: float | None = None  # mean of the first full window, for the level rule
-    closed_at: int | None = None  # the step that tripped last
-    completed: int = 0  # active steps completed, for the budget
-
-
-NO_GATE = {"statistic": "never", "cooldown": None, "max_active_steps": None}
-
-
-def why_closed(gate: Gate, rules: dict, step: int) -> str:
-    """Why this step is a single pass; "" when it is active."""
-    budget, cooldown = rules["max_active_steps"], rules["cooldown"]
-    if budget is not None and gate.completed >= budget:  # for good, cooldown or not
-        return f"budget of {budget} active steps spent"
-    if gate.closed_at is not None and (cooldown is None or step < gate.closed_at + 1 + cooldown):
-        return f"gate closed at step {gate.closed_at}"
-    return ""
-
-
-@np.errstate(all="ignore")
-def observe(gate: Gate, rules: dict, step: int, h: float) -> tuple[Gate, dict]:
-    """Score h against what preceded it, then take it in: the new gate, and the Trace fields that tell of it."""
-    window, level, ema = rules.get("window"), rules.get("level"), rules["baseline"] == "ema"
-    baseline = None  # no score, no trip
-    if gate.pin is not None:  # a baseline that has seen the streak's first member finds the next ones ordinary
-        baseline = (float(gate.pin[0]), float(gate.pin[1]))
-    elif ema and gate.count >= 2:  # a cold start at (1, 1) would find almost any real norm a surprise
-        baseline = (gate.mu, max(math.sqrt(gate.var), 0.01))
-    elif not ema and gate.count >= window:  # without h: a window that includes it cannot score above sqrt(w - 1)
-        baseline = (float(np.mean(gate.recent[-window:])), float(np.std(gate.recent[-window:])))
-
-    z, streak = None, 0
-    if baseline is not None:
-        z = (h - baseline[0]) / (baseline[1] + 1e-9)
-        if (abs(z) if rules["two_sided"] else z) >= rules["threshold"]:
-            streak = gate.streak + 1
-
-    count, recent, reference = gate.count + 1, np.append(gate.recent, h)[-max(window or 0, 10) :], gate.reference
-    # A slow drift never surprises a window that drifts along: hold the last ten against the first full window.
-    drifted = reference is not None and count >= 10 and bool(np.median(recent[-10:]) > level * reference)
-    if level is not None and count == window:
-        reference = float(np.mean(recent[-window:]))
-    tripped = streak >= rules["patience"] or drifted
-
-    mu, var = gate.mu, gate.var
-    if ema:
-        omega, d = rules["omega"], h - gate.mu  # the old mu in both
-        mu, var = (1 - omega) * mu + omega * h, (1 - omega) * var + omega * d * d
-    fields = {"statistic": h, "baseline": baseline, "z": z, "streak": streak, "tripped": tripped}
-    if tripped:  # what follows, after a cooldown, starts a streak of its own
-        gate, streak = replace(gate, closed_at=step), 0
-    pin = np.array(baseline) if streak else None
-    return replace(
-        gate, count=count, recent=recent, mu=mu, var=var, streak=streak, pin=pin, reference=reference
-    ), fields
-
-
 # ---- The step -------------------------------------------------------------------------------------------------------
 
 
@@ -282,8 +216,10 @@ class Oracle:
             g, loss = self._like_params(received), float(loss)
             norm, C = global_norm(g), self.config["max_grad_norm"]
             trace.passes += 1
-            for record, value in ((trace.asked, point), (trace.losses, loss), (trace.grads, g), (trace.norms, norm)):
-                record.append(value)
+            trace.asked.append(point)
+            trace.losses.append(loss)
+            trace.grads.append(g)
+            trace.norms.append(norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 trace.why = f"non-finite {'gradient' if math.isfinite(loss) else 'loss'} in pass {trace.passes}"
                 return None
@@ -333,15 +269,21 @@ class Oracle:
 
         gate = replace(self.gate, completed=self.gate.completed + 1)
         if watching:
-            h = {  # the norms before clipping: after it they saturate at C, and the gate goes blind
-                "corrective_norm": lambda: trace.norms[2],
-                "initial_norm": lambda: trace.norms[0],
-                "disagreement": lambda: 1.0 - abs(cosine(trace.grads[0], trace.grads[2])),
-                "supplied": lambda: float(supplied),
-            }[statistic]()
-            gate, fields = observe(gate, self.rules, self.steps, h)
+            gate, fields = observe(gate, self.rules, self.steps, self._statistic(trace, supplied))
             trace = replace(trace, **fields)
         return finish("active", end, s_end, gate)
+
+    def _statistic(self, trace: Trace, supplied: float | None) -> float:
+        # The norms before clipping: after it they saturate at C, and the gate goes blind.
+        match self.rules["statistic"]:
+            case "corrective_norm":
+                return trace.norms[2]
+            case "initial_norm":
+                return trace.norms[0]
+            case "disagreement":
+                return 1.0 - abs(cosine(trace.grads[0], trace.grads[2]))
+        assert supplied is not None  # checked before the first pass
+        return float(supplied)
 
     def save(self) -> dict:
         """Everything that later steps depend on, deep-copied."""

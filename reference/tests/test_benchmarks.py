@@ -26,7 +26,7 @@ def test_help_says_what_there_is() -> None:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    path = tmp_path_factory.mktemp("bench") / "quick.json"
+    path = tmp_path_factory.mktemp("benchmarks") / "quick.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "TURN", 0.0)
         patch.setattr(stages, "TURN", 0.0)

@@ -6,107 +6,26 @@ rollouts, logs or checkpoints that differ from those of the trainer they know.
 
 from __future__ import annotations
 
-import gc
-import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is imported; nothing here is on the hub
-pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[trl]'")
-pytest.importorskip("peft", reason="peft is not installed: pip install -e '.[trl]'")
+pytest.importorskip("trl_cases")  # which skips what needs TRL where there is none
 
-from datasets import Dataset
-from peft import LoraConfig
 from torch import Tensor
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
+from trl_cases import CLOSED, MARKS, SETTINGS, Counts, logs, passes, same, weights
 
 from gxpo import GXPO, Gate
 from gxpo_reference.grpo_loss import grpo_loss
 from gxpo_reference.trainers import trl_example
-from gxpo_reference.trainers.tiny_models import tiny_model, tiny_tokenizer
+from gxpo_reference.trainers.tiny_models import tiny_model
 from gxpo_reference.trainers.trl_gxpo import GXPOTrainer
 
-# transformers 5 tells itself, wherever TRL calls it, that these names of its own are old
-pytestmark = pytest.mark.filterwarnings("ignore:`(is_)?gradient_checkpointing.*is deprecated:FutureWarning")
-
-CLOSED = {"gate": Gate("never", max_active_steps=0)}
-TIMES = ("step_time", "runtime", "per_second")  # the only figures that may differ between equal runs
-DIGITS = Dataset.from_dict({"prompt": [f"repeat the digit {d} :" for d in "0123456789"]})
-
-
-def reward(completion_ids: list[list[int]], **_: Any) -> list[float]:
-    """Arbitrary and different within nearly every group, so that nearly no gradient is zero."""
-    return [sum((n + 1) * token for n, token in enumerate(ids)) % 11 / 10 for ids in completion_ids]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _light_garbage() -> Iterator[None]:
-    """train() calls gc.collect(), which would walk through all that TRL has imported: half of a run's time here."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture
-def make(tmp_path: Path) -> Callable[..., GRPOTrainer]:
-    """make(class, gxpo=..., model=..., trainer=..., **GRPOConfig's own): a trainer of 4 steps of 8 completions."""
-
-    def make(
-        cls: type[GRPOTrainer] = GXPOTrainer,
-        gxpo: dict[str, Any] | None = None,
-        model: dict[str, Any] | None = None,
-        trainer: dict[str, Any] | None = None,
-        **config: Any,
-    ) -> GRPOTrainer:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "per_device_train_batch_size": 8,
-            "num_generations": 4,
-            "max_completion_length": 5,
-            "max_steps": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "gradient_checkpointing": False,
-            "loss_type": "grpo",
-            "use_bias_correction_kl": False,  # grpo_loss, which judges, has no such thing
-            "seed": 1,
-        }
-        wanted = {"reward_funcs": reward, "train_dataset": DIGITS, "processing_class": tiny_tokenizer()}
-        wanted |= {} if gxpo is None else {"gxpo": gxpo}
-        policy = tiny_model(**(model or {}))
-        if config.get("beta"):  # TRL loads the reference model from where the policy came
-            policy.config._name_or_path = str(tmp_path / "policy")
-            policy.save_pretrained(tmp_path / "policy")
-        return cls(policy, args=GRPOConfig(**(defaults | config)), **(wanted | (trainer or {})))
-
-    return make
-
-
-@pytest.fixture
-def run(make: Callable[..., GRPOTrainer]) -> Callable[..., GRPOTrainer]:
-    """make(...), trained. Seeds are set where a trainer is made: the next is made after the last has run."""
-
-    def run(*args: Any, watch: Callable[[GRPOTrainer], Any] = lambda trainer: None, **kwargs: Any) -> GRPOTrainer:
-        trainer = make(*args, **kwargs)
-        trainer.start, trainer.watched = weights(trainer), watch(trainer)
-        trainer.train()
-        return trainer
-
-    return run
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
@@ -124,89 +43,6 @@ def plain_run(run: Callable[..., GRPOTrainer], plain_runs: dict[str, GRPOTrainer
         return plain_runs[name]
 
     return plain_run
-
-
-def logs(trainer: GRPOTrainer, drop: str = "gxpo/") -> list[dict[str, Any]]:
-    """Everything that was logged, without GXPO's own figures and without times."""
-    return [
-        {k: v for k, v in entry.items() if drop not in k and not any(time in k for time in TIMES)}
-        for entry in trainer.state.log_history
-    ]
-
-
-def weights(trainer: GRPOTrainer) -> list[Tensor]:
-    return [p.detach().clone() for p in trainer.model.parameters()]
-
-
-def same(a: list[Tensor], b: list[Tensor]) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def passes(trainer: GRPOTrainer) -> list[float]:
-    return [entry["gxpo/passes"] for entry in trainer.state.log_history if "gxpo/passes" in entry]
-
-
-class Counts:
-    """How often the trainer does what costs time."""
-
-    def __init__(self, trainer: GRPOTrainer) -> None:
-        self.forwards = self.backwards = self.rollouts = self.rewards = 0
-        trainer.model.register_forward_pre_hook(self._forward)
-        trainer.accelerator.backward = self._counting("backwards", trainer.accelerator.backward)
-        trainer._generate_and_score_completions = self._counting("rollouts", trainer._generate_and_score_completions)
-        trainer._calculate_rewards = self._counting("rewards", trainer._calculate_rewards)
-
-    def _forward(self, *_: Any) -> None:
-        self.forwards += torch.is_grad_enabled()  # generation and old log-probabilities go without
-
-    def _counting(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            setattr(self, name, getattr(self, name) + 1)
-            return function(*args, **kwargs)
-
-        return counted
-
-
-# What people train with. Each is compared with the plain trainer of the same settings.
-LORA = LoraConfig(r=2, lora_alpha=4, lora_dropout=0.0, target_modules=["q_proj", "v_proj"])
-SETTINGS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "accumulation": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
-    "rollouts between micro-batches": {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "steps_per_generation": 1,
-        "model": {"dropout": 0.2},
-    },
-    "two iterations": {"num_iterations": 2},
-    "two iterations in one step": {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "steps_per_generation": 1,
-        "num_iterations": 2,
-        "model": {"dropout": 0.2},
-    },
-    "two steps a rollout": {"steps_per_generation": 2, "per_device_train_batch_size": 4},
-    "beta": {"beta": 0.1},
-    "dropout": {"model": {"dropout": 0.2}},
-    "lora": {"trainer": {"peft_config": LORA}},
-    "lora, beta": {"trainer": {"peft_config": LORA}, "beta": 0.1},
-    "gradient checkpointing": {"gradient_checkpointing": True, "model": {"dropout": 0.2}},
-    "bfloat16 autocast": {"bf16": True},
-    "llama": {"model": {"name": "tiny-llama"}},
-    "adaptive entropy": {
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "use_adaptive_entropy": True,
-        "entropy_coef": 0.1,
-        "entropy_target": 100.0,
-        "entropy_coef_delta": 0.05,
-    },
-    "evaluation": {"eval_strategy": "steps", "eval_steps": 2, "trainer": {"eval_dataset": DIGITS.select(range(2))}},
-    "no clipping": {"max_grad_norm": 0.0},
-    "top entropy": {"top_entropy_quantile": 0.4},
-    "trl's own loss": {"loss_type": "dapo", "beta": 0.1, "use_bias_correction_kl": True},
-}
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -331,7 +167,7 @@ def test_the_example_runs(capsys: pytest.CaptureFixture[str], arguments: list[st
     assert f"2 steps, {passes}" in lines[3]
 
 
-# ------------------------------------------------------------------------- the step is GXPO's
+# --------------------------------------------------------------------------------------------------- the step is GXPO's
 
 
 class Forgetful(GXPOTrainer):
@@ -428,29 +264,6 @@ def test_another_models_log_probabilities_are_not_taken_for_the_policys(run: Cal
     assert same(weights(asks), weights(does_not))
 
 
-def test_a_checkpoint_on_sigterm_is_made_after_the_step(make: Callable[..., GRPOTrainer]) -> None:
-    """transformers would save between the passes and the step: the weights of theta~, and an optimizer in mid-step."""
-    trainer = make(gxpo={"gate": None}, enable_jit_checkpoint=True)
-    (jit,) = (c for c in trainer.callback_handler.callbacks if isinstance(c, JITCheckpointCallback))
-    training_step = trainer.training_step
-
-    def told_to_stop(*args: Any, **kwargs: Any) -> Tensor:
-        jit.jit_manager.is_checkpoint_requested = trainer.state.global_step == 1
-        return training_step(*args, **kwargs)
-
-    trainer.training_step = told_to_stop
-    trainer.train()
-    assert trainer.state.global_step == 2
-    after, checkpoint = weights(trainer), Path(trainer.args.output_dir) / "checkpoint-2"
-    resumed = make(gxpo={"gate": None})
-    resumed.train(resume_from_checkpoint=str(checkpoint))
-    assert resumed.gxpo.gate_state.step == 4
-    plain = make(gxpo={"gate": None})
-    plain.train()
-    assert same(weights(plain), weights(resumed))
-    assert not same(after, weights(plain))
-
-
 def test_nothing_is_recorded_while_the_gate_is_closed(run: Callable[..., GRPOTrainer]) -> None:
     """A batch of long completions kept for nothing is memory that a plain trainer has."""
     kept: list[int] = []
@@ -499,200 +312,3 @@ def test_an_optimizer_passed_in_is_wrapped(make: Callable[..., GRPOTrainer]) -> 
     other.optimizer = GXPO(torch.optim.SGD(other.model.parameters(), lr=0.1))
     with pytest.raises(ValueError, match="pass its base optimizer"):
         other.train()
-
-
-# -------------------------------------------------------------------------------- checkpoints
-
-
-def test_a_run_resumes_bit_for_bit(run: Callable[..., GRPOTrainer], make: Callable[..., GRPOTrainer]) -> None:
-    """Otherwise an interrupted run is another run, or a closed gate opens again."""
-    settings = {"gate": Gate(window=2, threshold=1e9, max_active_steps=4)}
-    config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, **SETTINGS["dropout"]}
-    whole = run(gxpo=settings, **config)
-    checkpoint = f"{whole.args.output_dir}/checkpoint-3"
-    resumed = make(gxpo=settings, **config)
-    resumed.train(resume_from_checkpoint=checkpoint)
-    assert passes(whole) == passes(resumed) == [3, 3, 3, 3, 1, 1]
-    assert same(weights(whole), weights(resumed))
-    assert logs(whole, drop="-")[:-1] == logs(resumed, drop="-")[:-1]  # the last entry is of the process, not the run
-    assert whole.gxpo.gate_state == resumed.gxpo.gate_state
-
-    plain = make(GRPOTrainer, **config)  # who gives up GXPO goes on from its checkpoint
-    plain.train(resume_from_checkpoint=checkpoint)
-    assert plain.state.global_step == 6
-
-
-def test_a_plain_checkpoint_resumes_with_a_new_gate(
-    run: Callable[..., GRPOTrainer], make: Callable[..., GRPOTrainer]
-) -> None:
-    """Otherwise GXPO cannot be tried on a run that is under way."""
-    plain = run(GRPOTrainer, save_strategy="steps", save_steps=2)
-    trainer = make(gxpo={"gate": None})
-    trainer.train(resume_from_checkpoint=f"{plain.args.output_dir}/checkpoint-2")
-    assert passes(trainer) == [3, 3]
-    assert trainer.gxpo.gate_state.step == 2
-
-
-# ----------------------------------------------------------------------------------- failures
-
-
-class Remember(TrainerCallback):
-    """What the first step left."""
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == 1:
-            self.weights, self.gate_state = weights(self.trainer), self.trainer.gxpo.gate_state
-            self.optimizer = self.trainer.gxpo.state_dict()["state"]
-
-    def check(self, trainer: GRPOTrainer) -> None:
-        assert same(weights(trainer), self.weights)
-        torch.testing.assert_close(trainer.gxpo.state_dict()["state"], self.optimizer, rtol=0, atol=0)
-        assert trainer.gxpo.gate_state == self.gate_state
-
-
-@pytest.mark.parametrize("failing", [1, 2, 3, 4, 5, 6])
-def test_an_exception_in_any_pass_leaves_no_trace(make: Callable[..., GRPOTrainer], failing: int) -> None:
-    """Otherwise who catches an out-of-memory, or saves on the way out, has the weights of the middle of a step."""
-    seen = Remember()
-    trainer = seen.trainer = make(trainer={"callbacks": [seen]}, **SETTINGS["accumulation"])
-    calls = iter(range(1, 100))
-
-    def fail(*_: Any) -> None:
-        if torch.is_grad_enabled() and next(calls) == 6 + failing:
-            raise MemoryError("not enough")
-
-    def checked(*args: Any) -> Tensor:
-        try:
-            return training_step(*args)
-        except MemoryError:  # here, not only where train() is left: trainers that look for a batch size go on in there
-            seen.check(trainer)
-            raise
-
-    hook = trainer.model.register_forward_pre_hook(fail)
-    metrics, training_step, trainer.training_step = trainer._metrics, trainer.training_step, checked
-    with pytest.raises(MemoryError):
-        trainer.train()
-    seen.check(trainer)
-    assert trainer._metrics is metrics
-    hook.remove()
-    trainer.train()
-    assert passes(trainer)[-4:] == [3, 3, 3, 3]
-
-
-def test_a_run_stopped_between_micro_batches_leaves_nothing_to_replay(make: Callable[..., GRPOTrainer]) -> None:
-    """Otherwise the next run's first step trains on rollouts of the last one."""
-
-    class Stops(TrainerCallback):
-        stop = True
-
-        def on_substep_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = self.stop
-
-    stops = Stops()
-    trainer = make(gxpo={"gate": None}, trainer={"callbacks": [stops]}, max_steps=1, **SETTINGS["accumulation"])
-    trainer.train()
-    stops.stop, counts = False, Counts(trainer)
-    trainer.train()
-    assert counts.forwards == counts.backwards == 6
-
-
-def test_an_exception_before_the_last_step_leaves_no_trace(make: Callable[..., GRPOTrainer]) -> None:
-    """The same where a callback fails after the third pass: no method of the loop's is on the stack then."""
-
-    class Fails(Remember):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            if state.global_step == 1:
-                raise KeyboardInterrupt
-
-    seen = Fails()
-    trainer = seen.trainer = make(trainer={"callbacks": [seen]})
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    seen.check(trainer)
-
-
-@pytest.mark.parametrize("failing", [2, 3])
-@pytest.mark.parametrize("how", ["gradient and loss", "loss alone"])
-def test_a_loss_that_is_not_finite_makes_a_plain_step(run: Callable[..., GRPOTrainer], failing: int, how: str) -> None:
-    """Otherwise one overflow at a point nobody asked for ends the run."""
-    factor, term = (torch.nan, 0.0) if how == "gradient and loss" else (1.0, torch.inf)
-
-    class Overflows(GXPOTrainer):
-        calls = 0
-
-        def compute_loss(self, *args: Any, **kwargs: Any) -> Tensor:
-            self.calls += 1
-            loss = super().compute_loss(*args, **kwargs)
-            return loss * factor + term if self.calls == failing else loss
-
-    plain, trainer = run(GRPOTrainer, max_steps=1), run(Overflows, max_steps=1)
-    assert trainer.gxpo.report.outcome == "rolled back"
-    assert trainer.state.log_history[0]["gxpo/rolled_back"] == 1
-    assert same(weights(plain), weights(trainer))
-    assert logs(plain) == logs(trainer)
-
-
-# ----------------------------------------------------------------------------------- refusals
-
-
-@pytest.mark.parametrize(
-    ("gxpo", "config", "error", "message"),
-    [
-        ({}, {"fp16": True}, ValueError, "args.fp16 is True.* set bf16=True"),
-        (
-            {"max_grad_norm": 0.5},
-            {},
-            ValueError,
-            r"gxpo\['max_grad_norm'\] is 0.5, .* args.max_grad_norm = 1.0: set that",
-        ),
-        ({"max_grad_norm": 1.0}, {"max_grad_norm": 0.0}, ValueError, "is 1.0, .* args.max_grad_norm = 0.0"),
-        ({"max_grad_norm": None}, {}, ValueError, "is None, .* args.max_grad_norm = 1.0"),
-        ({"horizon": 1}, {}, ValueError, "horizon must be an int >= 2, got 1"),
-        ({"lookahead": 5}, {}, TypeError, "lookahead"),
-    ],
-)
-def test_wrong_settings_are_refused_when_the_trainer_is_made(
-    make: Callable[..., GRPOTrainer], gxpo: dict[str, Any], config: dict[str, Any], error: type, message: str
-) -> None:
-    """Otherwise they are found after the model is loaded and the first rollout paid, or never."""
-    with pytest.raises(error, match=message):
-        make(gxpo=gxpo, **config)
-
-
-def test_a_max_grad_norm_that_agrees_is_taken(make: Callable[..., GRPOTrainer]) -> None:
-    """Otherwise settings that are right are refused."""
-    for clip, wanted in ((0.5, 0.5), (0.0, None), (math.inf, None)):  # inf: to have the norm logged
-        trainer = make(gxpo={"max_grad_norm": wanted}, max_grad_norm=clip)
-        trainer.create_optimizer()
-        assert trainer.gxpo.max_grad_norm == wanted
-
-
-@pytest.mark.parametrize(
-    ("pretended", "error", "message"),
-    [
-        ({"is_deepspeed_enabled": True}, RuntimeError, "DeepSpeed is enabled .* run without it"),
-        ({"is_fsdp_enabled": True, "fsdp_version": 1}, RuntimeError, "fsdp_version = 1.* set fsdp_version to 2"),
-        ({"mixed_precision": "fp16"}, ValueError, "accelerate's mixed precision is fp16.* set bf16=True"),
-    ],
-)
-def test_what_owns_the_step_is_refused(
-    make: Callable[..., GRPOTrainer],
-    monkeypatch: pytest.MonkeyPatch,
-    pretended: dict[str, Any],
-    error: type,
-    message: str,
-) -> None:
-    """Otherwise inner steps are skipped, scaled or of one shard without a word. None runs on a CPU: pretended."""
-    original = Trainer.create_accelerator_and_postprocess
-
-    def pretend(trainer: Trainer) -> None:
-        original(trainer)
-        trainer.is_deepspeed_enabled = pretended.get("is_deepspeed_enabled", False)
-        trainer.is_fsdp_enabled = pretended.get("is_fsdp_enabled", False)
-        plugin = SimpleNamespace(fsdp_version=pretended.get("fsdp_version"))
-        precision = pretended.get("mixed_precision", "no")
-        trainer.accelerator = SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(fsdp_plugin=plugin))
-
-    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", pretend)
-    with pytest.raises(error, match=message):
-        make()

@@ -21,8 +21,9 @@ try:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    if importlib.util.find_spec("matplotlib") is None:  # loaded when there is something to draw
-        raise ModuleNotFoundError(name="matplotlib")
+    for needed in ("torch", "matplotlib"):  # the second is loaded when there is something to draw
+        if importlib.util.find_spec(needed) is None:
+            raise ModuleNotFoundError(name=needed)
 except ImportError as missing:
     sys.exit(f'gxpo-toys needs {missing.name}: pip install "gxpo[toys]" (from a checkout: pip install -e ".[toys]")')
 

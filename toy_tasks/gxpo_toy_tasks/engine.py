@@ -37,16 +37,20 @@ class Task(Protocol):
 
     def initial(self, seeds: Sequence[int]) -> Params:
         """The parameters to start from, a row a seed; a seed gives the same whatever stands beside it."""
+        ...
 
     def rollouts(self, theta: Params, reference: Params, draws: Draws) -> Any:
         """This step's batch, sampled from the policy at theta; it has the policy's `entropy` (runs,). reference: the
         parameters that training started from."""
+        ...
 
     def loss(self, theta: Params, batch: Any) -> Tensor:
         """A number: the rows' losses added up, so that its gradient is every row's own. Differentiable by theta."""
+        ...
 
     def accuracy(self, theta: Params) -> Tensor:
         """(runs,): pass@1 or expected reward, exact, in [0, 1]."""
+        ...
 
 
 @dataclass(frozen=True)

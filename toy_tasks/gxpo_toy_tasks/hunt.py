@@ -1,6 +1,7 @@
 """Where does tuned GXPO need fewer backward passes than tuned GRPO? python -m gxpo_toy_tasks.hunt
 
-Tries many settings of GXPO on each task, each at the rate that is best for it, and writes the tables of RESULTS.md.
+Tries many settings of GXPO on each task, each at the rate that is best for it, prints the tables of RESULTS.md and
+writes a copy of that page with these numbers in it.
 A level is 95 % of the highest that GRPO came to at any rate; other rules may spend twice the backward passes that it
 might. A rule's rate is the one whose worst tuning seed got there with the fewest passes, so that no rule is judged at
 the edge of its stability; what is shown was then measured with ten other seeds.
@@ -158,18 +159,36 @@ def put(page: str, name: str, text: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m gxpo_toy_tasks.hunt", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("searches", nargs="*", metavar="TABLE", help=f"which (default: all): {', '.join(SEARCHES)}")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("RESULTS.md"),
+        metavar="FILE",
+        help="the page; one that is there keeps its other tables (default: %(default)s, in the folder you stand in)",
+    )
     given = parser.parse_args(arguments)
     for name in given.searches:
         if name not in SEARCHES:
             parser.error(f"no table {name!r}; there are {', '.join(SEARCHES)}")
+    try:
+        page = (given.out if given.out.exists() else PAGE).read_text(encoding="utf-8")
+        for name in SEARCHES:
+            put(page, name, "")
+        given.out.write_text(page, encoding="utf-8")  # now: a table takes minutes
+    except (OSError, ValueError) as error:
+        parser.error(f"--out {given.out}: {error}")
     torch.set_num_threads(1)
     for name in given.searches or SEARCHES:
         print(name, file=sys.stderr)
         text = table(*look(SEARCHES[name]))
         print(f"\n{name}\n{text}\n", flush=True)
-        PAGE.write_text(put(PAGE.read_text(encoding="utf-8"), name, text), encoding="utf-8")
+        page = put(page, name, text)
+        given.out.write_text(page, encoding="utf-8")
+    print(f"written to {given.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,9 +55,9 @@ class Descent:
     distance to the minimum as a share of the first."""
 
     name = "quadratic"
-    shapes: ClassVar[dict[str, tuple[int, ...]]] = {"x": (DIM,)}
 
     def __init__(self, build: Build) -> None:
+        self.shapes: dict[str, tuple[int, ...]] = {"x": (DIM,)}
         self.build = functools.cache(build)
 
     def initial(self, seeds: Sequence[int]) -> Params:

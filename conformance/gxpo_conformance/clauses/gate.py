@@ -28,7 +28,7 @@ def play(harness: Harness, norms: Sequence[float | Script], single: Sequence[int
     """Steps with these |g~| (or these gradients); those in `single` must be single passes, all others active."""
     run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4, "threshold": 3.0, **gate}))
     for n, h in enumerate(norms):
-        expect(run.step(observed(h) if isinstance(h, float) else h, judge="counts"), n, n in single)
+        expect(run.step(observed(h) if isinstance(h, float | int) else h, judge="counts"), n, n in single)
     return run
 
 

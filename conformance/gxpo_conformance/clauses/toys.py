@@ -34,7 +34,7 @@ class FreeRun:
 def free_run(problem: Problem, settings_key: str, dtype: str) -> FreeRun:
     settings = json.loads(settings_key)
 
-    def trial(rng: np.random.Generator | None) -> tuple[list[str], float]:
+    def once(rng: np.random.Generator | None) -> tuple[list[str], float]:
         oracle, budget, outcomes = Oracle(problem.start(), settings), Budget(settings, dtype), []
         for n in range(problem.steps):
             theta0 = {k: v.copy() for k, v in oracle.params.items()}
@@ -50,10 +50,10 @@ def free_run(problem: Problem, settings_key: str, dtype: str) -> FreeRun:
                 oracle.params = {k: v + off[k] for k, v in oracle.params.items()}
         return outcomes, problem.value(oracle.params)
 
-    outcomes, value = trial(None)
+    outcomes, value = once(None)
     if not 5 < outcomes.count("active") < problem.steps - 5:
         raise CaseError(f"{problem.name}: {outcomes.count('active')} active steps show no run into fallback")
-    others = [trial(np.random.default_rng(seed)) for seed in range(8)]
+    others = [once(np.random.default_rng(seed)) for seed in range(8)]
     if any(o != outcomes for o, _ in others):
         raise CaseError(f"{problem.name}: rounding decides when the gate trips")
     return FreeRun(outcomes, value, max(abs(v - value) for _, v in others))

@@ -93,16 +93,20 @@ class Budget:
 
     def move(self, trace: Trace, k: str, error1: np.ndarray, error2: np.ndarray, exact_ratio: bool) -> np.ndarray:
         """What theta~ may be off."""
-        theta0, tilde, u = trace.points["theta0"][k], trace.points["theta~"][k], self.u
+        assert trace.q is not None  # theta~ was made with it
+        theta0, tilde, q, u = trace.points["theta0"][k], trace.points["theta~"][k], trace.q[k], self.u
         distance = np.abs(trace.points["theta2"][k] - theta0)
-        dq = Q_ROUNDINGS * u * trace.q[k] + (0.0 if exact_ratio else self.spread(trace, k, error1, error2))
+        dq = Q_ROUNDINGS * u * q + (0.0 if exact_ratio else self.spread(trace, k, error1, error2))
         return u * (np.abs(tilde) + np.abs(theta0)) + self.config["alpha"] * (
-            trace.q[k] * (error2 + u * distance) + dq * distance
+            q * (error2 + u * distance) + dq * distance
         )
 
     def spread(self, trace: Trace, k: str, error1: np.ndarray, error2: np.ndarray) -> np.ndarray:
         """How far q may be off because r is."""
-        r, theta, u = trace.r[k], trace.points, self.u
+        assert trace.r is not None  # theta~ was made with all three
+        assert trace.takes_part is not None
+        assert trace.q is not None
+        r, takes_part, q, theta, u = trace.r[k], trace.takes_part[k], trace.q[k], trace.points, self.u
         if self.config["estimator"] == "gradient":
             dr = 6.0 * u * np.abs(r)  # two clipped gradients, one division
         else:
@@ -115,7 +119,7 @@ class Budget:
                     dr = dr + u * u0.size * np.abs(r)
                 else:
                     dr = (du1 + np.abs(r) * du0) / u0
-        dr = np.where(trace.takes_part[k], np.nan_to_num(dr, nan=0.0), 0.0)
+        dr = np.where(takes_part, np.nan_to_num(dr, nan=0.0), 0.0)
         around = [extrapolation_scale(np.clip(r + d, -2.0, 3.0), self.config["horizon"]) for d in (-dr, dr)]
-        widest = np.maximum(np.abs(around[0] - trace.q[k]), np.abs(around[1] - trace.q[k]))
-        return np.where(trace.takes_part[k], widest, 0.0)
+        widest = np.maximum(np.abs(around[0] - q), np.abs(around[1] - q))
+        return np.where(takes_part, widest, 0.0)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from gxpo_conformance.mutants import failures, gate, optimizer, point, ratio, shapes
-from gxpo_conformance.mutants.model import MUTANTS, Mutant, correct
+from gxpo_conformance.mutants import failures, gate, gate_options, optimizer, point, ratio, shapes
+from gxpo_conformance.mutants.model import LEAST_MARGIN, MUTANTS, Mutant, correct
 
-__all__ = ["MUTANTS", "Mutant", "correct", "failures", "gate", "optimizer", "point", "ratio", "shapes"]
+__all__ = [
+    "LEAST_MARGIN",
+    "MUTANTS",
+    "Mutant",
+    "correct",
+    "failures",
+    "gate",
+    "gate_options",
+    "optimizer",
+    "point",
+    "ratio",
+    "shapes",
+]

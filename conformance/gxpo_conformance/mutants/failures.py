@@ -96,7 +96,7 @@ class FirstFailureSteps(InPlace):
 @mutant("failed-step-observed", "feeds the gate a step that was rolled back", "NUM-06")
 class FailedStepObserved(InPlace):
     def counted(self, outcome: str) -> None:
-        if outcome == "rolled back":
+        if outcome == "rolled back" and self.first is not None:
             self.remember(self.first[1])
         super().counted(outcome)
 
@@ -194,7 +194,7 @@ def forgetting(*keys: str) -> Any:
 
     def load(self: Functional, saved: Any) -> None:
         fresh = self.new_gate()
-        super(type(self), self).load(saved)
+        Functional.load(self, saved)
         self.gate.update({k: fresh[k] for k in keys})
 
     return load

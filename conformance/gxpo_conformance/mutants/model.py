@@ -19,6 +19,9 @@ from gxpo_conformance.harness.findings import to_dtype
 from gxpo_conformance.protocol import Arrays, Config, Gradient, everything
 
 State = dict[str, Any]
+Usual = tuple[float, float] | None  # (mu, sigma) that h is scored by; None: there is nothing to score it by yet
+
+LEAST_MARGIN = 10.0  # tolerances; a case nearer to a wrong implementation proves nothing
 
 
 class Failed(Exception):
@@ -165,18 +168,18 @@ class Functional:
     def cosine(self, a: Arrays, b: Arrays, sizes: float) -> float:
         return float(sum(np.sum(a[k] * b[k]) for k in a)) / sizes if sizes else 0.0
 
-    def usual(self) -> tuple[float, float] | None:
+    def usual(self) -> Usual:
         """(mu, sigma) that h is scored by."""
         return self.gate["pin"] or (self.ema() if self.rules["baseline"] == "ema" else self.window())
 
-    def ema(self) -> tuple[float, float] | None:
+    def ema(self) -> Usual:
         return (self.gate["mean"], max(math.sqrt(self.gate["var"]), 0.01)) if self.gate["seen"] >= 2 else None
 
-    def window(self) -> tuple[float, float] | None:
+    def window(self) -> Usual:
         past = self.gate["history"][-self.rules["window"] :]
         return (float(np.mean(past)), float(np.std(past))) if len(past) == self.rules["window"] else None
 
-    def score(self, h: float, usual: tuple[float, float] | None) -> float | None:
+    def score(self, h: float, usual: Usual) -> float | None:
         return None if usual is None else (h - usual[0]) / (usual[1] + 1e-9)
 
     def surprising(self, z: float | None) -> bool:
@@ -185,7 +188,7 @@ class Functional:
     def observe(self, h: float) -> None:
         gate = self.gate
         usual = self.usual()
-        if self.surprising(self.score(h, usual)):
+        if usual is not None and self.surprising(self.score(h, usual)):
             gate["streak"], gate["pin"] = gate["streak"] + 1, self.pinned(usual)
         else:
             self.calm()
@@ -193,7 +196,7 @@ class Functional:
             self.trip()
         self.remember(h)
 
-    def pinned(self, usual: tuple[float, float]) -> tuple[float, float] | None:
+    def pinned(self, usual: tuple[float, float]) -> Usual:
         return usual
 
     def calm(self) -> None:

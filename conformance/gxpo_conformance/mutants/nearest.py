@@ -21,7 +21,7 @@ TIME = 5.0  # seconds that the search may take in all
 
 @functools.cache
 def matrix_file() -> dict[str, Any]:
-    """The published matrix, as `gxpo-conformance selftest --write` left it."""
+    """The published matrix, as `gxpo-conformance selftest --json` wrote it."""
     text = resources.files("gxpo_conformance").joinpath("mutants", "matrix.json").read_text(encoding="utf-8")
     return json.loads(text)
 
@@ -72,7 +72,7 @@ def alike(one: Finding, other: Finding) -> bool:
     """The same place, and the same number within what rounding allows."""
     if (one.step, one.phase, one.tensor, one.coordinate) != (other.step, other.phase, other.tensor, other.coordinate):
         return False
-    if one.got is None or other.got is None or one.budgets is None or other.budgets is None:
+    if one.got is None or other.got is None or other.wanted is None or one.budgets is None or other.budgets is None:
         return (one.got, one.text) == (other.got, other.text)
     if one.got == other.got or (math.isnan(one.got) and math.isnan(other.got)):
         return True

@@ -192,7 +192,7 @@ class CorrectiveAveraged(InPlace):
 
     def advance(self, g: Arrays) -> None:
         self.count = getattr(self, "count", 0) + 1
-        if self.count == 3:
+        if self.count == 3 and self.first is not None:
             g = {k: (v + self.first[0][k]) / 2 for k, v in g.items()}
         super().advance(g)
 

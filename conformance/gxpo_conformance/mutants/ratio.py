@@ -110,7 +110,8 @@ class DisplacementActivityReadsG0(Functional):
         made = super().scales(theta, g)
         if self.config["estimator"] != "displacement":
             return made
-        return {k: np.where(super(DisplacementActivityReadsG0, self).active(g[0][k]), q, 1) for k, q in made.items()}
+        active = super().active
+        return {k: np.where(active(g[0][k]), q, 1) for k, q in made.items()}
 
     def active(self, before: np.ndarray) -> np.ndarray:
         return before != 0 if self.config["estimator"] == "displacement" else super().active(before)
@@ -199,7 +200,8 @@ class ClipByTheFirst(Functional):
 @mutant("clip-each-tensor", "clips every tensor by its own norm", "CLP-01")
 class ClipEachTensor(InPlace):
     def clip(self, g: Arrays, norm: float) -> Arrays:
-        return {k: super(ClipEachTensor, self).clip({k: v}, self.norm({k: v}))[k] for k, v in g.items()}
+        clip = super().clip
+        return {k: clip({k: v}, self.norm({k: v}))[k] for k, v in g.items()}
 
 
 @mutant("clip-without-1e-6", "leaves the 1e-6 out of the clip coefficient", "CLP-01")

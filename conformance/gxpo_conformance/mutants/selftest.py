@@ -20,10 +20,9 @@ from typing import Any
 
 from gxpo_conformance.clauses.table import CHECKS, SPEC_VERSION, clauses
 from gxpo_conformance.harness.budget import ALLOWED
-from gxpo_conformance.mutants import MUTANTS, correct
+from gxpo_conformance.mutants import LEAST_MARGIN, MUTANTS, correct
 from gxpo_conformance.protocol import DTYPES
 from gxpo_conformance.trial import FAIL, judge
-from gxpo_conformance.vectors.files import LEAST_MARGIN
 
 MATRIX = Path(str(resources.files("gxpo_conformance").joinpath("mutants", "matrix.json")))
 Matrix = dict[str, Any]
@@ -37,9 +36,11 @@ def judged(who: str, dtype: str) -> dict[str, Any]:
     kills: dict[str, float] = {}
     crashed: dict[str, str] = {}
     for r in verdict.every():
-        if r.verdict == FAIL and r.finding.crash:
+        if r.verdict != FAIL or r.finding is None:  # a failure has a finding
+            continue
+        if r.finding.crash:
             crashed[r.clause.id] = r.message
-        elif r.verdict == FAIL:
+        else:
             kills[r.clause.id] = math.inf if r.finding.budgets is None else r.finding.budgets / ALLOWED
     return {"who": who, "dtype": dtype, "kills": kills, "crashed": crashed, "passes": verdict.exit_status in (0, 3)}
 
@@ -139,7 +140,7 @@ def print_summary(made: Matrix, problems: list[str], seconds: float) -> None:
     if MATRIX.exists() and {m["id"]: m["kills"] for m in json.loads(MATRIX.read_text())["mutants"]} != {
         m["id"]: m["kills"] for m in made["mutants"]
     }:
-        print("the published matrix differs from this one: selftest --write makes this the published one")
+        print("the published matrix differs from this one: selftest --json FILE writes it")
     for problem in problems:
         print(f"PROBLEM  {problem}")
     killed = sum(any(m["kills"].values()) for m in made["mutants"])
@@ -152,10 +153,6 @@ def print_summary(made: Matrix, problems: list[str], seconds: float) -> None:
 
 def as_json(matrix: Matrix) -> str:
     """The matrix, a mutant a line."""
-    head = {k: v for k, v in matrix.items() if k != "mutants"}
+    head = {k: v for k, v in matrix.items() if k not in ("mutants", "problems")}
     lines = ",\n".join(json.dumps(m, separators=(",", ":")) for m in matrix["mutants"])
     return json.dumps(head)[:-1] + ', "mutants": [\n' + lines + "\n]}\n"
-
-
-def publish(matrix: Matrix) -> None:
-    MATRIX.write_text(as_json({k: v for k, v in matrix.items() if k != "problems"}), encoding="utf-8")

@@ -49,10 +49,15 @@ class Process:
             self.selector.close()
             raise PortError(f"cannot start {command!r}: {error}") from error
         atexit.register(self.kill)
-        for pipe, react in ((self.popen.stdout, self.read_line), (self.popen.stderr, self.read_words)):
+        stdin, stdout, stderr = self.popen.stdin, self.popen.stdout, self.popen.stderr
+        assert stdin is not None  # pipes were asked for
+        assert stdout is not None
+        assert stderr is not None
+        self.stdin, self.stdout, self.stderr = stdin, stdout, stderr
+        for pipe, react in ((stdout, self.read_line), (stderr, self.read_words)):
             os.set_blocking(pipe.fileno(), False)
             self.selector.register(pipe, selectors.EVENT_READ, react)
-        os.set_blocking(self.popen.stdin.fileno(), False)
+        os.set_blocking(stdin.fileno(), False)
         self.outgoing, self.words, self.deaf = b"", b"", False
         self.lines: collections.deque[bytes] = collections.deque()
         self.pending: list[bytes] = []  # of a line that has not ended
@@ -113,8 +118,8 @@ class Process:
             text = dumps(message)
         except RecursionError:
             self.fail(f"saved what is nested too deep to be sent back in {about(message)}")
-        if not self.outgoing and self.popen.stdin not in self.selector.get_map():
-            self.selector.register(self.popen.stdin, selectors.EVENT_WRITE, self.write)
+        if not self.outgoing and not self.listening(self.stdin):
+            self.selector.register(self.stdin, selectors.EVENT_WRITE, self.write)
         self.outgoing += text.encode() + b"\n"
 
     def hear(self, message: Message) -> Message:
@@ -125,7 +130,7 @@ class Process:
             if left <= 0:
                 deaf = ", having closed its standard input" if self.deaf else ""
                 self.fail(f"did not answer {about(message)} within {self.time_limit:g} s{deaf}", timed_out=True)
-            if not self.listening(self.popen.stdout) or (not self.pump(min(left, TICK)) and self.has_ended()):
+            if not self.listening(self.stdout) or (not self.pump(min(left, TICK)) and self.has_ended()):
                 cut = f", in the middle of a line: {beginning(b''.join(self.pending))}" if self.held else ""
                 self.fail(f"{self.fate()} in place of an answer to {about(message)}{cut}")
         line = self.lines.popleft()
@@ -160,10 +165,10 @@ class Process:
 
     def last_words(self) -> str:
         """What it said last on standard error, as the end of a message. Of its output no more is read."""
-        if self.listening(self.popen.stdout):
-            self.selector.unregister(self.popen.stdout)  # a flood of it would only fill memory
+        if self.listening(self.stdout):
+            self.selector.unregister(self.stdout)  # a flood of it would only fill memory
         end = time.monotonic() + 0.5  # a port that goes on talking, or a grandchild, is not waited for
-        while self.listening(self.popen.stderr) and time.monotonic() < end and self.pump(0.05):
+        while self.listening(self.stderr) and time.monotonic() < end and self.pump(0.05):
             pass
         words = self.words.decode(errors="replace").strip()
         return f"; its last words: {words}" if words else "; it said nothing on standard error"
@@ -186,7 +191,7 @@ class Process:
         with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver: not even SIGKILL ends it now
             self.popen.wait(timeout=5.0)
         self.selector.close()
-        for pipe in (self.popen.stdin, self.popen.stdout, self.popen.stderr):
+        for pipe in (self.stdin, self.stdout, self.stderr):
             with contextlib.suppress(OSError):
                 pipe.close()
 

@@ -119,8 +119,9 @@ class StdioSession:
     """One session of the process. Implements protocol.Session."""
 
     def __init__(self, port: StdioPort, number: int, kind: type) -> None:
+        assert port.process is not None  # it has just answered
         self.port, self.number, self.kind, self.process = port, number, kind, port.process
-        weakref.finalize(self, leave, weakref.ref(port), number, weakref.ref(port.process))
+        weakref.finalize(self, leave, weakref.ref(port), number, weakref.ref(self.process))
 
     def message(self, op: str, **more: Any) -> Message:
         if self.process is not self.port.process:
@@ -171,7 +172,8 @@ def reason(error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def leave(port: weakref.ref, number: int, process: weakref.ref) -> None:
+def leave(port: weakref.ref[StdioPort], number: int, process: weakref.ref[Process]) -> None:
     """A session that nobody holds: its port closes it before it starts another."""
-    if port() is not None and process() is not None and port().process is process():
-        port().left.append(number)
+    alive, its = port(), process()
+    if alive is not None and its is not None and alive.process is its:
+        alive.left.append(number)

@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from dataclasses import dataclass
-from importlib import resources
 from typing import Any
 
 import jinja2
@@ -49,12 +48,15 @@ def matrix_page(matrix: dict[str, Any]) -> str:
 
 @functools.cache
 def template() -> jinja2.Template:
-    text = resources.files("gxpo_conformance.reports").joinpath("page.html.jinja").read_text(encoding="utf-8")
     # Whatever a port says is text: escaped wherever it lands.
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.PackageLoader("gxpo_conformance.reports", "."),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
-    return environment.from_string(text)
+    return environment.get_template("page.html.jinja")
 
 
 def page(**context: Any) -> str:

@@ -23,14 +23,13 @@ from gxpo_conformance.harness.budget import ALLOWED, UNIT_ROUNDOFF
 from gxpo_conformance.harness.case import Case, as_case, replay
 from gxpo_conformance.harness.findings import Failure
 from gxpo_conformance.harness.harness import Harness
-from gxpo_conformance.mutants import MUTANTS, Mutant
-from gxpo_conformance.protocol import config, everything
+from gxpo_conformance.mutants import LEAST_MARGIN, MUTANTS, Mutant
+from gxpo_conformance.protocol import AdapterError, config, everything
 from gxpo_conformance.trial import attempt
 from gxpo_reference.oracle import extrapolation_scale, retention_ratio
 
 FOLDER = Path(str(resources.files("gxpo_conformance").joinpath("vectors")))
 KINDS = ("scale", "ratio", "step", "gate")
-LEAST_MARGIN = 10.0  # tolerances; a case nearer to a wrong implementation proves nothing
 EXACT = "exact"  # a margin in counts, not in rounding: nothing comes near
 U = UNIT_ROUNDOFF["float64"]
 ABOUT_THE_STEP = ("GAT-07", "GAT-08", "GAT-20", "GAT-21", "GAT-22")  # what is observed, not how it is scored
@@ -177,7 +176,7 @@ def margins(kind: str, cases: list[Case]) -> list[str]:
         others = [m for m in MUTANTS.values() if m not in about and (kind != "gate" or about_the_gate(m))]
         away = distances(kind, run, about) or distances(kind, run, others)
         nearest = min(away, key=lambda m: away[m], default=None)
-        margin = away.get(nearest, 0.0)
+        margin = 0.0 if nearest is None else away[nearest]
         if margin < LEAST_MARGIN:
             what = (
                 f"{nearest} is {margin:.3g} tolerances away, {LEAST_MARGIN:g} needed"
@@ -294,8 +293,8 @@ def numbered(kind: str, cases: list[Case], file: dict[str, Any]) -> tuple[list[C
     return made, sorted({*file["retired"], *(set(known.values()) - kept)})
 
 
-def write() -> int:
-    """Write every file; 1 where a case is not fit to be one."""
+def write(folder: str) -> int:
+    """Write every file into `folder`; 1 where a case is not fit to be one. AdapterError where it cannot be written."""
     wrong: list[str] = []
     for kind, cases in make().items():
         wrong += margins(kind, cases)
@@ -305,7 +304,10 @@ def write() -> int:
         gone = set(retired) - set(file["retired"])
         print(f"{kind}: {len(made)} cases, {len(new)} new, {len(gone)} retired", flush=True)
         if not wrong:
-            (FOLDER / f"{kind}.json").write_text(text(kind, made, retired), encoding="utf-8")
+            try:
+                Path(folder, f"{kind}.json").write_text(text(kind, made, retired), encoding="utf-8")
+            except OSError as error:
+                raise AdapterError(f"--write {folder}: {error}") from error
     for line in wrong:
         print(f"UNFIT  {line}")
     return 1 if wrong else 0

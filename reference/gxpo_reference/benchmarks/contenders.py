@@ -104,11 +104,11 @@ class Textbook:
         params = self.problem.params
         self._gradient()
         theta0 = [p.detach().clone() for p in params]
-        g0 = [p.grad.clone() for p in params]
+        g0 = [p.grad.clone() for p in params if p.grad is not None]
         saved = deepcopy(self.base.state_dict())  # to go back to, had anybody checked
         self.base.step()
         self._gradient()
-        g1 = [p.grad.clone() for p in params]
+        g1 = [p.grad.clone() for p in params if p.grad is not None]
         self.base.step()
         with torch.no_grad():
             for p, origin, before, after in zip(params, theta0, g0, g1, strict=True):

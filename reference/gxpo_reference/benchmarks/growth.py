@@ -48,7 +48,7 @@ def measure(sizes: list[int], batch: int, device: str, dtype: torch.dtype, round
 
 
 def table(result: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("", "parameters", "active step", "/ 3 plain", "fallback / plain", "stages", "ns a parameter", "stages / floor")
     ]
     for row in result:

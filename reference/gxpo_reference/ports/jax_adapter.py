@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,10 +12,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gxpo_conformance.protocol import Arrays, Config, Gradient, everything
 from gxpo_reference.ports.jax_gxpo import GXPO, Gate, State
 
 jax.config.update("jax_enable_x64", True)  # or float64 is float32
+
+Arrays = dict[str, np.ndarray]
+Gradient = Callable[[Arrays], tuple[float, Arrays]]  # parameters -> the loss there and its gradient
+Config = dict[str, Any]
+
+CAPABILITIES: dict[str, Any] = {
+    "dtypes": ["float64", "float32", "bfloat16"],
+    "optimizers": ["sgd", "adamw"],
+    "estimators": ["gradient", "displacement", "tensor"],
+    "optimizer_state": ["keep", "restore"],
+    "gate_statistics": ["corrective_norm", "initial_norm", "disagreement", "never"],
+    "gate_baselines": ["window", "ema"],
+    "gate_options": ["patience", "two_sided", "warmup", "cooldown", "max_active_steps"],
+    "max_grad_norm": True,
+    "checkpoint": True,
+    "nonfinite": True,
+    "exceptions": True,
+}
 
 
 def sgd(lr: float, momentum: float, weight_decay: float) -> optax.GradientTransformation:
@@ -43,14 +61,14 @@ class Port:
 
     def capabilities(self) -> dict:
         gpus = any(d.platform == "gpu" for d in jax.devices())
-        return {**everything(), "devices": ["cpu", "cuda"] if gpus else ["cpu"]}
+        return {**CAPABILITIES, "devices": ["cpu", "cuda"] if gpus else ["cpu"]}
 
     def start(self, params: Arrays, config: Config, dtype: str = "float64", device: str = "cpu") -> Session:
         return Session(params, config, dtype, jax.devices("gpu" if device == "cuda" else device)[0])
 
 
 class Session:
-    def __init__(self, params: Arrays, config: Config, dtype: str, device: jax.Device) -> None:
+    def __init__(self, params: Arrays, config: Config, dtype: str, device: Any) -> None:
         self.arrays = lambda given: {k: jax.device_put(jnp.asarray(v, dtype), device) for k, v in given.items()}
         self.gxpo, self.theta = rule(json.dumps(config)), self.arrays(params)
         self.state: State = self.gxpo.init(self.theta)

@@ -83,7 +83,7 @@ def virtual_point(thetas: tuple, grads: tuple, alpha: float, *, horizon: int, es
     )
     sizes = [p.size for p in jax.tree.leaves(theta0)]
     mean = sum(jnp.mean(a) * n for a, n in zip(jax.tree.leaves(q), sizes, strict=True)) / sum(sizes)
-    return tilde, mean
+    return tilde, jnp.asarray(mean)
 
 
 @jax.jit

@@ -13,12 +13,13 @@ import argparse
 import tempfile
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # trl's own way to export them
 
 from gxpo_reference.trainers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from gxpo_reference.trainers.trl_gxpo import GXPOTrainer
@@ -34,7 +35,7 @@ COLUMNS = (  # heading, logged name, format
 )
 
 
-def share_of_the_digit(completions: list[str], digit: list[str], **_: Any) -> list[float]:
+def share_of_the_digit(completions: list[str], digit: list[str], **_: Any) -> list[float | None]:
     """Of each completion's characters, white space left out; 0 for an empty one."""
     characters = ["".join(completion.split()) for completion in completions]
     return [text.count(d) / max(1, len(text)) for text, d in zip(characters, digit, strict=True)]
@@ -103,14 +104,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             disable_tqdm=True,
             log_level="error",
         )
-        trainer = (GRPOTrainer if options.plain else GXPOTrainer)(
+        gxpo = {"horizon": options.horizon, "alpha": options.alpha}
+        trainer = (GRPOTrainer if options.plain else partial(GXPOTrainer, gxpo=gxpo))(
             model=tiny_model(options.model, hidden=32) if tiny else options.model,
             reward_funcs=share_of_the_digit,
             args=config,
             train_dataset=Dataset.from_dict({"prompt": prompts, "digit": list("0123456789")}),
             processing_class=tiny_tokenizer() if tiny else None,
             callbacks=[table],
-            **({} if options.plain else {"gxpo": {"horizon": options.horizon, "alpha": options.alpha}}),
         )
         trainer.remove_callback(PrinterCallback)  # the table has it
         trainer.train()

@@ -26,13 +26,13 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
-from trl import GRPOTrainer
+from trl import GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # trl's own way to export it
 
 from gxpo import GXPO
 
@@ -46,7 +46,10 @@ class _MicroBatch(NamedTuple):
     tokens: Tensor | None  # those of high entropy at theta0, where `top_entropy_quantile` wants them
 
 
-class GXPOMixin:
+_Base = GRPOTrainer if TYPE_CHECKING else object  # for type checkers: what a mixin's `self` will be
+
+
+class GXPOMixin(_Base):
     """Puts GXPO around the optimizer of a `trl.GRPOTrainer` or of a subclass: `class Mine(GXPOMixin, MyGRPOTrainer)`.
     The replays call the subclass's loss, but `transformers.Trainer`'s training_step: what is to count in every pass
     belongs into the loss.
@@ -157,7 +160,10 @@ class GXPOMixin:
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The trainer's; after a step's last micro-batch also the replays. Returns the loss at theta0."""
         try:
-            self._gxpo_phase = "record" if self.gxpo.active else ""
+            opt = self.gxpo
+            if opt is None:
+                raise RuntimeError("there is no optimizer yet: call create_optimizer() before training_step()")
+            self._gxpo_phase = "record" if opt.active else ""
             loss = super().training_step(model, inputs, num_items_in_batch)
             self._gxpo_losses.append(loss)
             if self.accelerator.sync_gradients:
@@ -196,6 +202,7 @@ class GXPOMixin:
         """The trainer's; in the replays the first pass's, or the three losses would be of different tokens."""
         if self._gxpo_phase != "replay":
             self._gxpo_tokens = super().get_high_entropy_mask(*args, **kwargs)
+        assert self._gxpo_tokens is not None  # the first pass has left them
         return self._gxpo_tokens
 
     # -- the other passes
@@ -206,6 +213,7 @@ class GXPOMixin:
 
     def _gxpo_replay(self, model: nn.Module) -> None:
         opt, started = self.gxpo, time.perf_counter()
+        assert opt is not None  # training_step has looked
         batches, losses = self._gxpo_batches, self._gxpo_losses
         metrics, after = self._metrics, self._gxpo_state(model) if batches else {}
         opt.observe(loss=sum(losses))  # of the whole batch: TRL divides a micro-batch's by their number

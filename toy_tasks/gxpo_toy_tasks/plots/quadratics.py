@@ -136,9 +136,10 @@ def put(axes: Axes, step: dict[str, np.ndarray], names: list[str], labels: bool)
         axes.plot(*step[name], marker=SIGNS[name], color=HUE_OF.get(name, "#000000"), markersize=7, linestyle="")
         if labels:
             left = name in ("theta1", "theta'", "thetaK")
+            x, y = step[name]
             axes.annotate(
                 name,
-                step[name],
+                (x, y),
                 (-10, 5) if left else (10, -9),
                 textcoords="offset points",
                 ha="right" if left else "left",
@@ -187,7 +188,8 @@ def animate(path: Path, steps: int = 3) -> None:
             near(axes, [step["theta0"] for step in made] + [plane().minimum, made[0]["thetaK"]], 0.15)
             axes.set_title(f"step {n + 1}: {NOTES[names[-1]]}", loc="left", fontsize=9)
 
-        FuncAnimation(figure, draw, frames=frames, interval=900).save(path, writer=PillowWriter(fps=1.1), dpi=90)
+        writer = PillowWriter(fps=1.1)  # pyright: ignore[reportArgumentType]  # typed as an int, used as a number
+        FuncAnimation(figure, draw, frames=frames, interval=900).save(path, writer=writer, dpi=90)
 
 
 def plots(results: dict[str, Any], folder: Path) -> list[Path]:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 # Okabe and Ito's colours, told apart by all eyes; GXPO is the thick one.
 COLOURS = {
@@ -19,7 +23,7 @@ COLOURS = {
     "gxpo-restore": "#7F7F7F",
     "gxpo-gate": "#8A2BE2",
 }
-STYLE = {
+STYLE: dict[RcKeyType, Any] = {
     "figure.dpi": 110,
     "figure.constrained_layout.w_pad": 0.1,  # inches: titles stand at the very edge otherwise
     "figure.constrained_layout.h_pad": 0.1,

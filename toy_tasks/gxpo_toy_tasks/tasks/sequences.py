@@ -80,9 +80,11 @@ class Model(Protocol):
 
     def read(self, theta: Params, prompts: Tensor) -> tuple[Any, Tensor]:
         """(state, log-probabilities (r, d, g, 1)) after the prompts' digits (r, g, length)."""
+        ...
 
     def go_on(self, theta: Params, state: Any, digits: Tensor) -> tuple[Any, Tensor]:
         """(state, log-probabilities (r, d, g, n)) after one more digit (r, g, n) of every answer."""
+        ...
 
 
 class GRU:
@@ -239,7 +241,7 @@ class SequenceTask(PolicyTask):
     def untrained(self, rng: torch.Generator) -> Params:
         """One run's, (*shape): uniform within 1 / sqrt(width), what stands for tokens and positions within 1."""
         draw = {name: torch.rand(shape, generator=rng, dtype=torch.float64) for name, shape in self.shapes.items()}
-        bound = dict.fromkeys(self.shapes, WIDTH**-0.5) | {"tokens": 1.0, "positions": 1.0}
+        bound = dict.fromkeys(self.shapes, float(WIDTH**-0.5)) | {"tokens": 1.0, "positions": 1.0}
         return {name: bound[name] * (2 * u - 1) for name, u in draw.items()}
 
     def prompts(self, draws: Draws) -> Tensor:
