@@ -44,7 +44,7 @@ try:
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
         raise
-    raise ModuleNotFoundError('gxpo.py needs torch: pip install torch, or "gxpo[torch]"', name="torch") from None
+    raise ModuleNotFoundError("gxpo.py needs torch: pip install torch", name="torch") from None
 
 __all__ = ["GXPO", "Gate", "GateState", "Report", "extrapolation_scale", "retention_ratio"]
 __version__ = "1.0.0"

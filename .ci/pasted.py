@@ -26,8 +26,6 @@ def yours() -> Any: ...
 
 GRPOConfig = batches = dataset = folder = loader = loss_fn = model = reward = yours()
 """
-# After the loop: a snippet that follows speaks of its last batch, which for a checker may never have been.
-AFTER_THE_LOOP = "\n\nbatch, old_logps = batches[-1], torch.zeros(32)\n\n"
 # Mark of a snippet -> what stands before it. torch's own pages use dcp.save, which checkers find not exported.
 GIVEN = {
     "dcp.": "# pyright: reportPrivateImportUsage=false\n"
@@ -41,7 +39,7 @@ def snippets() -> dict[str, str]:
     blocks = re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)
     trainers = readme[readme.index("## In your trainer") : readme.index("## Check it")]
     alone = [text for text in blocks if text in trainers]
-    made = {"readme_use_it.py": AFTER_THE_LOOP.join(text for text in blocks if text not in trainers)}
+    made = {"readme_use_it.py": "\n\n".join(text for text in blocks if text not in trainers)}
     for n, text in enumerate(alone, 1):
         given = "".join(code for mark, code in GIVEN.items() if mark in text)
         made[f"readme_trainer_{n}.py"] = f"{YOURS}{given}\n{text}"

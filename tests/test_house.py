@@ -8,10 +8,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from project_files import ROOT, files_of_the_project
 
 import gxpo
 
-ROOT = Path(__file__).parents[1]
 PACKAGES = {  # package -> where it lies, the lowest first: each may import those before it
     "gxpo": ROOT,
     "gxpo_reference": ROOT / "reference",
@@ -19,7 +19,7 @@ PACKAGES = {  # package -> where it lies, the lowest first: each may import thos
     "gxpo_conformance": ROOT / "conformance",
 }
 TESTS = [ROOT / "tests", *(folder / "tests" for name, folder in PACKAGES.items() if name != "gxpo")]
-PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "node_modules", ".git"} & set(p.parts))
+PAGES = sorted(ROOT / name for name in files_of_the_project() if name.endswith(".md"))
 
 
 def modules() -> dict[str, Path]:
@@ -90,7 +90,7 @@ def test_a_module_opens_with_a_sentence() -> None:
         assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{name} does not say what it is for"
 
 
-@pytest.mark.parametrize("folder", ["conformance", "reference", "toy_tasks"])
+@pytest.mark.parametrize("folder", ["conformance", "reference", "toy_tasks", "tests"])
 def test_a_folder_opens_with_a_page_of_a_few_lines(folder: str) -> None:
     assert 5 < len((ROOT / folder / "README.md").read_text(encoding="utf-8").splitlines()) < 30
 

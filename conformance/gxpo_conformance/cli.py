@@ -18,7 +18,7 @@ from gxpo_conformance.clauses.table import CALIBRATION, CHECKS, GROUPS, SPEC_VER
 from gxpo_conformance.harness.findings import CaseError
 from gxpo_conformance.harness.harness import TIME_LIMIT
 from gxpo_conformance.known import read_known
-from gxpo_conformance.mutants import selftest
+from gxpo_conformance.mutants import MUTANTS, selftest
 from gxpo_conformance.mutants.nearest import Nearest, matrix_file
 from gxpo_conformance.process.load import load
 from gxpo_conformance.protocol import DTYPES, AdapterError, Port
@@ -247,8 +247,13 @@ def test_the_suite(arguments: Sequence[str]) -> int:
         "conformance/gxpo_conformance/mutants/matrix.json)",
     )
     parser.add_argument("--html", metavar="FILE", help="also write it as a page")
+    parser.add_argument("mutants", nargs="*", metavar="MUTANT", help="only these, while one is written (default: all)")
     options = parser.parse_args(arguments)
-    matrix = selftest.selftest()
+    if unknown := [name for name in options.mutants if name not in MUTANTS]:
+        parser.error(f"no mutant {unknown[0]!r}")
+    if options.mutants and (options.json or options.html):
+        parser.error("the matrix is of all mutants: name none with --json or --html")
+    matrix = selftest.selftest(options.mutants)
     if options.json:
         write(options.json, selftest.as_json(matrix))
     if options.html:

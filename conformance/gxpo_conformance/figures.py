@@ -23,7 +23,7 @@ import numpy as np
 from gxpo_conformance.harness.budget import ALLOWED
 from gxpo_conformance.harness.harness import Harness, Run
 from gxpo_conformance.process.load import load
-from gxpo_conformance.protocol import CORE, DTYPES, check_capabilities, config
+from gxpo_conformance.protocol import CORE, DTYPES, AdapterError, check_capabilities, config
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1},
@@ -94,6 +94,7 @@ COMMANDS = {  # what is timed -> (arguments, the bound that is aimed at, in seco
 
 
 def speed(given: argparse.Namespace) -> None:
+    load()  # AdapterError before anything is timed
     print(f"{os.cpu_count()} cores; seconds of each of {given.runs} runs, imports included")
     for what, (arguments, bound) in COMMANDS.items():
         times = []
@@ -108,7 +109,9 @@ def speed(given: argparse.Namespace) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m gxpo_conformance.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(required=True, metavar="budgets | speed")
     budget = commands.add_parser("budgets", help="rounding budgets that a right implementation needs")
     budget.add_argument("--impl", default="", help="the port's adapter (default: the bundled gxpo.py)")
@@ -119,7 +122,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timing.add_argument("--runs", type=int, default=2, help="of each command (default: %(default)s)")
     timing.set_defaults(function=speed)
     given = parser.parse_args(arguments)
-    given.function(given)
+    try:
+        given.function(given)
+    except AdapterError as error:
+        sys.exit(f"gxpo_conformance.figures: {error}")
 
 
 if __name__ == "__main__":

@@ -105,3 +105,15 @@ def test_selftest_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     assert [m["id"] for m in made["mutants"]] == list(some)
     assert "MOV-02" in made["mutants"][0]["kills"]["float64"]
     assert "alpha-on-excess" in (tmp_path / "m.html").read_text(encoding="utf-8")
+
+
+def test_one_mutant_can_be_tried_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever writes one would wait two minutes for all the others, every time."""
+    assert cli.main(["selftest", "sum-to-k"]) == 0
+    printed = capsys.readouterr().out
+    assert "1/1 wrong implementations rejected" in printed
+    assert "not as published" not in printed
+    for arguments, why in ((["no-such"], "no mutant 'no-such'"), (["sum-to-k", "--json", "f"], "of all mutants")):
+        with pytest.raises(SystemExit):
+            cli.main(["selftest", *arguments])
+        assert why in capsys.readouterr().err

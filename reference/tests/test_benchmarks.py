@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gxpo import extrapolation_scale
-from gxpo_reference.benchmarks import cli, contenders, growth, measure, memory, report, stages, steps
+from gxpo_reference.benchmarks import cli, contenders, growth, measure, memory, stages, steps, tables
 from gxpo_reference.benchmarks.models import big_tensors, transformer
 
 
@@ -57,17 +57,17 @@ def test_a_quick_run_writes_what_is_documented(quick: dict[str, Any]) -> None:
 
 def test_the_tables_name_everything(quick: dict[str, Any]) -> None:
     results = quick["results"]
-    assert report.text(steps.table(results["steps"], "cpu")).count("\n") == len(results["steps"]["contenders"])
-    assert report.text(stages.table(results["stages"])).count("\n") == 5 * len(contenders.SETTINGS)
-    assert report.text(memory.table(results["memory"])).count("\n") == len(results["memory"]["contenders"])
-    assert "big tensors" in report.text(growth.table(results["growth"]))
+    assert tables.text(steps.table(results["steps"], "cpu")).count("\n") == len(results["steps"]["contenders"])
+    assert tables.text(stages.table(results["stages"])).count("\n") == 5 * len(contenders.SETTINGS)
+    assert tables.text(memory.table(results["memory"])).count("\n") == len(results["memory"]["contenders"])
+    assert "big tensors" in tables.text(growth.table(results["growth"]))
 
 
 def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(growth, "free_bytes", lambda device: 10**6)
     rows = growth.measure([10**5], 1, "cpu", torch.float32, 1)
     assert all(row["skipped"] == "skipped: needs about 0.0 GB, 0.0 GB free" for row in rows)
-    assert "skipped" in report.text(growth.table(rows))
+    assert "skipped" in tables.text(growth.table(rows))
 
 
 @pytest.mark.parametrize(

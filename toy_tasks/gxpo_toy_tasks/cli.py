@@ -31,8 +31,8 @@ import torch
 
 from gxpo_toy_tasks.engine import OPTIMIZERS
 from gxpo_toy_tasks.experiment import Comparison, Plan
-from gxpo_toy_tasks.report import show
 from gxpo_toy_tasks.rules import ABOUT
+from gxpo_toy_tasks.tables import show
 from gxpo_toy_tasks.tasks.table import TASKS
 
 QUADRATICS = "quadratics"

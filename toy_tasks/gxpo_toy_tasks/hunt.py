@@ -18,7 +18,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
+
+try:
+    import torch
+except ModuleNotFoundError as missing:
+    sys.exit(f"gxpo_toy_tasks.hunt needs {missing.name}: pip install torch")
 
 from gxpo import Gate
 from gxpo_toy_tasks.engine import Rule, Runs, train

@@ -21,8 +21,8 @@ import pytest
 from gxpo_toy_tasks import cli, experiment, hunt
 from gxpo_toy_tasks.experiment import TUNE_SEEDS, Comparison, Plan
 from gxpo_toy_tasks.measures import NEVER, first_at, price, quartiles, smoothed, speedup, times
-from gxpo_toy_tasks.report import fewer, spread, verdict
 from gxpo_toy_tasks.rules import ABOUT, rules
+from gxpo_toy_tasks.tables import fewer, spread, verdict
 from gxpo_toy_tasks.tasks.table import TASKS
 
 SMALL = {"task": "bandit", "rules": ("grpo-scaled", "gxpo", "gxpo-gate"), "seeds": 2, "steps": 8}

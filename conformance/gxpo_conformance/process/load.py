@@ -28,6 +28,6 @@ def load(impl: str = "", command: str = "", time_limit: float = 30.0) -> Port:
         return getattr(importlib.import_module(module), attribute)()
     except (Exception, SystemExit) as error:
         if not impl and getattr(error, "name", None) == "torch":
-            why = 'no port is named (--impl, --exec), and the bundled gxpo.py needs torch: pip install "gxpo[torch]"'
+            why = "no port is named (--impl, --exec), and the bundled gxpo.py needs torch: pip install torch"
             raise AdapterError(why) from None
         raise AdapterError(f"--impl {impl or BUNDLED}: {type(error).__name__}: {error}") from error

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
-from gxpo_reference.benchmarks.cli import main
+import sys
+
+try:
+    from gxpo_reference.benchmarks.cli import main
+except ModuleNotFoundError as missing:
+    sys.exit(f"gxpo_reference.benchmarks needs {missing.name}: pip install torch")
 
 main()

@@ -13,7 +13,7 @@ import torch
 
 from gxpo_reference.benchmarks import growth, measure, memory, stages, steps
 from gxpo_reference.benchmarks.models import HEADS, LENGTH, Problem, big_tensors, transformer
-from gxpo_reference.benchmarks.report import environment, text
+from gxpo_reference.benchmarks.tables import environment, text
 
 WHAT = ("steps", "stages", "memory", "growth")
 DESCRIPTION = """\

@@ -10,16 +10,20 @@ A completion's reward is the share of its characters that are the digit. Prints 
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from datasets import Dataset
-from transformers import PrinterCallback, TrainerCallback
-from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # trl's own way to export them
+try:
+    import torch
+    from datasets import Dataset
+    from transformers import PrinterCallback, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer  # pyright: ignore[reportPrivateImportUsage]  # trl's own way to export them
+except ModuleNotFoundError as missing:
+    sys.exit(f'trl_example needs {missing.name}: pip install "gxpo[trl]" (from a checkout: pip install -e ".[trl]")')
 
 from gxpo_reference.trainers.tiny_models import ARCHITECTURES, tiny_model, tiny_tokenizer
 from gxpo_reference.trainers.trl_gxpo import GXPOTrainer

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from gxpo_toy_tasks.measures import quartiles, rows, speedup
 from gxpo_toy_tasks.plots.style import COLOURS, STYLE, save
-from gxpo_toy_tasks.report import comparisons, rate
+from gxpo_toy_tasks.tables import comparisons, rate
 
 
 def width(name: str) -> float:
