@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
@@ -29,6 +30,8 @@ def _serve(pipe: Connection) -> None:
             dist.barrier()
         except Exception:
             answer = Failed(traceback.format_exc())
+        if torch.__version__ < (2, 8):
+            time.sleep(0.1)  # torch waits below for gloo's threads, which may want the GIL that it holds (pull 154976)
         dist.destroy_process_group()
         pipe.send(answer)
 

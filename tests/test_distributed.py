@@ -21,7 +21,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
-from training_on_ranks import Settings, batch, needs_gloo, network, optimizer, seen, step, whole, wrapped
+from training_on_ranks import (
+    DDP_AND_FSDP2,
+    Settings,
+    batch,
+    needs_fsdp2,
+    needs_fsdp2_with_tp,
+    needs_gloo,
+    needs_hsdp,
+    network,
+    optimizer,
+    seen,
+    step,
+    whole,
+    wrapped,
+)
 
 from gxpo import Gate
 
@@ -63,12 +77,13 @@ PLACES = {
     ("tp", 2): FEW,
     ("fsdp + tp", 4): FEW,
 }
+NEEDS = {"fsdp": needs_fsdp2, "hsdp": needs_hsdp, "fsdp + tp": needs_fsdp2_with_tp}
 
 
 @pytest.mark.parametrize(
     ("kind", "world", "settings"),
     [
-        pytest.param(kind, world, SETTINGS[name], id=f"{kind} on {world}, {name}")
+        pytest.param(kind, world, SETTINGS[name], id=f"{kind} on {world}, {name}", marks=NEEDS.get(kind, ()))
         for (kind, world), names in PLACES.items()
         for name in names
     ],
@@ -120,6 +135,7 @@ def without_second_gradients(rank: int, world: int, kind: str) -> float | None:
     return opt.report.mean_q
 
 
+@needs_fsdp2
 def test_mean_q_counts_whole_tensors_on_every_rank(ranks: Ranks) -> None:
     """Those without a second gradient count as one, all of them and once, however they are sharded."""
     expected = without_second_gradients(0, 1, "")
@@ -163,7 +179,7 @@ def counts(rank: int, world: int, kind: str) -> list[int]:
     return each
 
 
-@pytest.mark.parametrize(("kind", "each"), [("ddp", [2, 4, 6]), ("fsdp", [3, 6, 10])])
+@pytest.mark.parametrize(("kind", "each"), [("ddp", [2, 4, 6]), pytest.param("fsdp", [3, 6, 10], marks=needs_fsdp2)])
 def test_collectives_are_few(ranks: Ranks, kind: str, each: list[int]) -> None:
     """A collective for every tensor would cost a large model more than it computes."""
     assert ranks.run(counts, 2, kind) == [each, each]
@@ -220,7 +236,7 @@ def resumes(rank: int, world: int, kind: str, folder: str) -> tuple[list[Tensor]
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")  # torch's own, of its checkpoints
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", DDP_AND_FSDP2)
 def test_a_sharded_checkpoint_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     """Gate and all: a gate that forgets opens again after every crash."""
     there = ranks.run(saves, 2, kind, str(tmp_path))
@@ -245,5 +261,6 @@ def state_dicts(rank: int, world: int) -> bool:
     return all(torch.equal(a, b) for a, b in zip(want, whole(model), strict=True))
 
 
+@needs_fsdp2
 def test_a_state_dict_of_shards_is_a_copy(ranks: Ranks) -> None:
     assert ranks.run(state_dicts, 2) == [True, True]

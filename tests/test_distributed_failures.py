@@ -12,8 +12,19 @@ import torch
 from ranks import Ranks
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from training_on_ranks import batch, needs_gloo, network, optimizer, seen, step, whole, wrapped
+from training_on_ranks import (
+    DDP_AND_FSDP2,
+    batch,
+    needs_fsdp2,
+    needs_gloo,
+    network,
+    optimizer,
+    seen,
+    sharded,
+    step,
+    whole,
+    wrapped,
+)
 
 pytestmark = needs_gloo
 
@@ -40,7 +51,7 @@ def one_bad_pass(rank: int, world: int, kind: str, bad: int, how: str) -> Any:
 
 @pytest.mark.parametrize("how", ["gradient", "loss"])
 @pytest.mark.parametrize("bad", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", DDP_AND_FSDP2)
 def test_what_one_rank_sees_go_wrong_all_ranks_undo(ranks: Ranks, kind: str, bad: int, how: str) -> None:
     """A rank that rolls back alone is in another place than the rest, for good. A loss can be infinite on one rank
     while every gradient is finite."""
@@ -76,7 +87,7 @@ def dies(rank: int, world: int, kind: str, folder: str) -> None:
     os._exit(0)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", DDP_AND_FSDP2)
 def test_an_exception_that_ends_one_rank_ends_the_step_on_all(ranks: Ranks, tmp_path: Path, kind: str) -> None:
     """Nobody waits for the dead, and what a handler then saves are the parameters before the step."""
     assert ranks.run(dies, 2, kind, str(tmp_path)) == [None, None]
@@ -113,7 +124,7 @@ def goes_on(rank: int, world: int, kind: str) -> tuple[list[str], bool, list[Ten
     return said, back, whole(model)
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", DDP_AND_FSDP2)
 def test_a_rank_that_went_on_alone_is_found_out(ranks: Ranks, kind: str) -> None:
     """It would be in pass 1 of one step while the others are in pass 2 of another, and their gradients would mix."""
     answers = ranks.run(goes_on, 2, kind)
@@ -166,10 +177,12 @@ def test_a_gradient_of_a_wrong_kind_on_one_rank_is_an_error_on_all(ranks: Ranks)
 
 
 def caught_in_a_pass(rank: int, world: int, at: int, whole_time: bool) -> list[float]:
+    from torch.distributed.fsdp import FSDPModule  # before torch 2.6 it is not there
+
     model = network()
     mesh = init_device_mesh("cpu", (world,))
     for layer in (model[0], model[2], model):
-        fully_shard(layer, mesh=mesh, reshard_after_forward=not whole_time)
+        sharded(layer, mesh=mesh, reshard_after_forward=not whole_time)
     opt = optimizer(model)
     x, y = batch(0, rank, world)
     calls = iter(range(1, 9))
@@ -194,6 +207,7 @@ def caught_in_a_pass(rank: int, world: int, at: int, whole_time: bool) -> list[f
     return [before, loss()]
 
 
+@needs_fsdp2
 @pytest.mark.parametrize("whole_time", [False, True])
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_after_a_caught_exception_resharding_shows_theta0(ranks: Ranks, at: int, whole_time: bool) -> None:
@@ -218,7 +232,7 @@ def draws_anew(rank: int, world: int, kind: str, again: bool) -> str:
     return f"{opt.report.outcome}, {opt.report.passes} passes"
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", DDP_AND_FSDP2)
 def test_the_same_batch_is_checked_on_all_ranks(ranks: Ranks, kind: str) -> None:
     assert ranks.run(draws_anew, 2, kind, False) == ["active, 4 passes"] * 2
     for said in ranks.run(draws_anew, 2, kind, True):
@@ -240,6 +254,7 @@ def differs_in_one_shard(rank: int, world: int) -> str:
     return "trained"
 
 
+@needs_fsdp2
 def test_the_same_batch_is_checked_over_all_shards(ranks: Ranks) -> None:
     """A rank that judged by its own shard alone would stop while the others go on."""
     for said in ranks.run(differs_in_one_shard, 2):

@@ -43,7 +43,8 @@ def test_gradients_that_are_not_everybodys_are_refused(ranks: Ranks) -> None:
 def pipelined(rank: int, world: int) -> tuple[str, bool]:
     torch.manual_seed(rank)
     module = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    stage = PipelineStage(module, rank, world, torch.device("cpu"))
+    example = {"input_args": torch.ones(4, 4)} if torch.__version__ < (2, 8) else {}  # the first ones need it
+    stage = PipelineStage(module, rank, world, torch.device("cpu"), **example)
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, target: (y - target).square().mean())
     opt, before = optimizer(module), whole(module)
     try:
@@ -54,6 +55,9 @@ def pipelined(rank: int, world: int) -> tuple[str, bool]:
     return "trained", False
 
 
+@pytest.mark.skipif(
+    (2, 9) <= torch.__version__ < (2, 10), reason="torch 2.9's pipelines send 8 bytes to who waits for 4, over gloo"
+)
 def test_a_pipeline_is_refused(ranks: Ranks) -> None:
     """Each stage would clip by the norm of its own layers, and one might close its gate while the others wait."""
     for said, untouched in ranks.run(pipelined, 2):

@@ -112,6 +112,13 @@ def test_paths_on_the_pages_exist() -> None:
                 assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
+def test_files_that_the_workflows_name_exist() -> None:
+    """Nobody here runs them, so that nobody here would see it."""
+    for workflow in (ROOT / ".github" / "workflows").glob("*.yml"):
+        named = re.findall(r"[\w/.-]+/[\w-]+\.py\b|\.ci/\w+", workflow.read_text(encoding="utf-8"))
+        assert [name for name in named if not (ROOT / name).exists()] == [], workflow.name
+
+
 def test_versions_agree() -> None:
     """A citation, a changelog and a hook of other versions than the file's would each be wrong by themselves."""
     cff = (ROOT / "CITATION.cff").read_text(encoding="utf-8")

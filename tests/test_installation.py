@@ -194,7 +194,7 @@ def light(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 def test_the_suite_needs_numpy_and_no_torch(light: Environment, tmp_path: Path) -> None:
     """A porter to JAX or Rust would have to install gigabytes to be judged."""
-    assert "No broken requirements found" in pip(light, "check", "--disable-pip-version-check")
+    pip(light, "check", "--disable-pip-version-check")  # fails where something is wanted that is not there
     assert light.run("python", "-c", "import torch", at=tmp_path).returncode != 0
     oracle = ["--impl", "gxpo_conformance.adapters.oracle:Port"]
     reports = ["--json", "a.jsonl", "--junit", "b.xml", "--html", "c.html", "--badge", "d.json"]
@@ -226,7 +226,7 @@ def test_what_needs_torch_says_so_in_a_sentence(
     done = light.run(*command, at=tmp_path)
     assert done.returncode != 0
     assert says in done.stderr.splitlines()[-1]
-    assert command[1] == "-c" or len(done.stderr.splitlines()) == 1
+    assert "-c" in command or len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.skipif(os.name == "nt", reason="the action's steps are for bash")

@@ -119,7 +119,7 @@ def through_a_file(state: dict[str, Any]) -> dict[str, Any]:
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
-    return torch.load(file)  # weights_only, the default
+    return torch.load(file, weights_only=True)  # the default from torch 2.6 on
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
@@ -151,9 +151,12 @@ def test_the_streaks_and_trips_above_really_happen() -> None:
     assert {(1, "active"), (2, "active"), (0, "single")} <= set(seen)
 
 
-@pytest.mark.parametrize("base", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor])
-def test_checkpoints_are_interchangeable_with_the_bases(base: type) -> None:
+@pytest.mark.parametrize("kind", ["AdamW", "SGD", "Adafactor"])
+def test_checkpoints_are_interchangeable_with_the_bases(kind: str) -> None:
     """A run that began without GXPO can go on with it, and the other way round; the base's moments are not lost."""
+    if not hasattr(torch.optim, kind):
+        pytest.skip(f"torch {torch.__version__} has no {kind}")
+    base = getattr(torch.optim, kind)
     opt, params = make({}, base)
     for n in range(3):
         step(opt, params, n)

@@ -148,6 +148,7 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step:UserWarning")  # SequentialLR's, to torch 2.7
 @pytest.mark.parametrize("form", ["closure", "passes"])
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_schedules_advance_once_a_step(name: str, form: str) -> None:
@@ -214,6 +215,13 @@ BACKENDS = [
     pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="no C++ compiler or no Python.h")),
 ]
 by_the_compiler = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def subnormals() -> Iterator[None]:
+    """Code compiled by torch 2.4's inductor switches them off in the whole process, where hypothesis wants them."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @contextmanager
