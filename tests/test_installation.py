@@ -60,7 +60,7 @@ def made(folder: Path, borrowed: Path) -> Environment:
 
 
 def pip(environment: Environment, *arguments: str) -> str:
-    command = [sys.executable, "-m", "pip", "--python", str(environment.programs / "python"), *arguments]
+    command = [sys.executable, "-m", "pip", "--python", str(environment.folder), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -185,7 +185,9 @@ def light(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
         about = Path(str(distribution.locate_file(distribution.metadata["Name"]))).name.lower()
         found = [p for p in around.glob("*.dist-info") if p.name.lower().startswith(f"{about.replace('-', '_')}-")]
         for path in (*(around / f for f in folders), *found):
-            if path.exists():
+            if path.exists() and os.name == "nt":  # links are an administrator's there
+                shutil.copytree(path, borrowed / path.name)
+            elif path.exists():
                 (borrowed / path.name).symlink_to(path)
     environment = made(borrowed.parent / "venv", borrowed)
     pip(environment, "install", *OFFLINE, str(next(built.glob("*.whl"))))
