@@ -214,7 +214,10 @@ BACKENDS = [
     "aot_eager",
     pytest.param("inductor", marks=pytest.mark.skipif(not COMPILER, reason="no C++ compiler or no Python.h")),
 ]
-by_the_compiler = pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")
+by_the_compiler = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script_method`:DeprecationWarning",
+    "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",  # torch 2.6's, of its own cache
+)
 
 
 @pytest.fixture(autouse=True)
