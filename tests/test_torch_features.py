@@ -217,6 +217,7 @@ BACKENDS = [
 by_the_compiler = pytest.mark.filterwarnings(
     "ignore:`torch.jit.script_method`:DeprecationWarning",
     "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",  # torch 2.6's, of its own cache
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",  # torch's, of that Python alone
 )
 
 
