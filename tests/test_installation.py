@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from project_files import ROOT, files_of_the_project
 
 PACKAGES = ("conformance/gxpo_conformance", "reference/gxpo_reference", "toy_tasks/gxpo_toy_tasks")
 # Without torch, and without what only the toy tasks or the tests use. jinja2 needs markupsafe.
-LIGHT = {"numpy": ("numpy", "numpy.libs"), "jinja2": ("jinja2",), "markupsafe": ("markupsafe",), "tomli": ("tomli",)}
+LIGHT = ("numpy", "jinja2", "markupsafe", "tomli")
 
 
 @dataclass(frozen=True)
@@ -176,19 +177,12 @@ def light(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Environment:
     """The project with numpy and jinja2, as somebody has it who ports GXPO to JAX or Rust."""
     borrowed = tmp_path_factory.mktemp("light") / "packages"
     borrowed.mkdir()
-    for name, folders in LIGHT.items():
-        try:
-            distribution = metadata.distribution(name)
-        except metadata.PackageNotFoundError:
-            continue  # tomli, from Python 3.11 on
-        around = Path(distribution.locate_file("")).resolve()
-        about = Path(str(distribution.locate_file(distribution.metadata["Name"]))).name.lower()
-        found = [p for p in around.glob("*.dist-info") if p.name.lower().startswith(f"{about.replace('-', '_')}-")]
-        for path in (*(around / f for f in folders), *found):
-            if path.exists() and os.name == "nt":  # links are an administrator's there
-                shutil.copytree(path, borrowed / path.name)
-            elif path.exists():
-                (borrowed / path.name).symlink_to(path)
+    belongs = re.compile(rf"({'|'.join(LIGHT)})(\.libs|-.*\.dist-info)?", re.IGNORECASE)
+    for path in Path(metadata.distribution("numpy").locate_file("")).resolve().iterdir():
+        if belongs.fullmatch(path.name) and os.name == "nt":  # links are an administrator's there
+            shutil.copytree(path, borrowed / path.name)
+        elif belongs.fullmatch(path.name):
+            (borrowed / path.name).symlink_to(path)
     environment = made(borrowed.parent / "venv", borrowed)
     pip(environment, "install", *OFFLINE, str(next(built.glob("*.whl"))))
     return environment

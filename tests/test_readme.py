@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from project_files import ROOT
 from torch import Tensor, nn
 
 import gxpo
@@ -19,7 +20,6 @@ from gxpo_conformance.adapters import torch as torch_adapter
 from gxpo_conformance.mutants import MUTANTS
 from gxpo_conformance.trial import judge
 
-ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.M | re.S)
 TRAINERS = README[README.index("## In your trainer") : README.index("## Check it")]

@@ -14,17 +14,15 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from gxpo_conformance.clauses.table import CHECKS, SPEC_VERSION, clauses
 from gxpo_conformance.harness.budget import ALLOWED
 from gxpo_conformance.mutants import LEAST_MARGIN, MUTANTS, correct
+from gxpo_conformance.mutants.nearest import matrix
 from gxpo_conformance.protocol import DTYPES
 from gxpo_conformance.trial import FAIL, judge
 
-MATRIX = Path(str(resources.files("gxpo_conformance").joinpath("mutants", "matrix.json")))
 Matrix = dict[str, Any]
 
 
@@ -139,8 +137,7 @@ def print_summary(made: Matrix, problems: list[str], seconds: float) -> None:
     print()
     for clause, alone in sole_catchers(made).items():
         print(f"{clause} alone catches {', '.join(alone)}")
-    published = {m["id"]: m["kills"] for m in json.loads(MATRIX.read_text(encoding="utf-8"))["mutants"]}
-    if changed := [m["id"] for m in made["mutants"] if published.get(m["id"]) != m["kills"]]:
+    if changed := [m["id"] for m in made["mutants"] if matrix().get(m["id"]) != m["kills"]]:
         print(f"not as published in mutants/matrix.json (--json FILE writes what was found): {', '.join(changed)}")
     for problem in problems:
         print(f"PROBLEM  {problem}")
@@ -152,8 +149,8 @@ def print_summary(made: Matrix, problems: list[str], seconds: float) -> None:
     )
 
 
-def as_json(matrix: Matrix) -> str:
+def as_json(made: Matrix) -> str:
     """The matrix, a mutant a line."""
-    head = {k: v for k, v in matrix.items() if k not in ("mutants", "problems")}
-    lines = ",\n".join(json.dumps(m, separators=(",", ":")) for m in matrix["mutants"])
+    head = {k: v for k, v in made.items() if k not in ("mutants", "problems")}
+    lines = ",\n".join(json.dumps(m, separators=(",", ":")) for m in made["mutants"])
     return json.dumps(head)[:-1] + ', "mutants": [\n' + lines + "\n]}\n"
