@@ -350,7 +350,6 @@ GATE: dict[str, Any] = {
     "warmup": "an int >= 0",
     "cooldown": "an int >= 0 or None",
     "max_active_steps": "an int >= 0 or None",
-    "level": "a finite number > 0 or None",
 }
 OPTIMIZER: dict[str, Any] = {
     "name": tuple(OPTIMIZERS),
@@ -371,9 +370,8 @@ def check_config(config: dict) -> None:
     _check("optimizer.name", optimizer.get("name"), OPTIMIZER["name"])
     _check_keys("optimizer.", optimizer, OPTIMIZER | SETTINGS[optimizer["name"]])
     if gate is not None:
-        # Each baseline has its own constant; the level rule reads the window's length under either.
-        unread = "omega" if gate.get("baseline") == "window" else "window" if gate.get("level") is None else ""
-        _check_keys("gate.", gate, GATE, optional=("level", unread))
+        unread = "omega" if gate.get("baseline") == "window" else "window"  # each baseline has its own constant
+        _check_keys("gate.", gate, GATE, optional=(unread,))
 
 
 def _check_keys(prefix: str, given: dict, schema: dict[str, Any], optional: tuple[str, ...] = ()) -> None:

@@ -13,12 +13,11 @@ class Gate:
     """All that the gate remembers."""
 
     count: int = 0  # observations made
-    recent: np.ndarray = field(default_factory=lambda: np.zeros(0))  # the latest of them, oldest first
+    recent: np.ndarray = field(default_factory=lambda: np.zeros(0))  # of the window baseline: the latest, oldest first
     mu: float = 1.0  # of the ema baseline
     var: float = 1.0  # of the ema baseline; its floor applies where sigma is read, not here
     streak: int = 0  # surprising observations in a row
     pin: np.ndarray | None = None  # (mu, sigma) that scored the open streak's first member
-    reference: float | None = None  # mean of the first full window, for the level rule
     closed_at: int | None = None  # the step that tripped last
     completed: int = 0  # active steps completed, for the budget
 
@@ -39,15 +38,14 @@ def why_closed(gate: Gate, rules: dict, step: int) -> str:
 @np.errstate(all="ignore")
 def observe(gate: Gate, rules: dict, step: int, h: float) -> tuple[Gate, dict]:
     """Score h against what preceded it, then take it in: the new gate, and the Trace fields that tell of it."""
-    ema, level = rules["baseline"] == "ema", rules.get("level")
-    window = rules.get("window", 0)  # without one there is neither a window's baseline nor a level
+    ema = rules["baseline"] == "ema"
     baseline = None  # no score, no trip
     if gate.pin is not None:  # a baseline that has seen the streak's first member finds the next ones ordinary
         baseline = (float(gate.pin[0]), float(gate.pin[1]))
     elif ema and gate.count >= 2:  # a cold start at (1, 1) would find almost any real norm a surprise
         baseline = (gate.mu, max(math.sqrt(gate.var), 0.01))
-    elif not ema and gate.count >= window:  # without h: a window that includes it cannot score above sqrt(w - 1)
-        baseline = (float(np.mean(gate.recent[-window:])), float(np.std(gate.recent[-window:])))
+    elif not ema and len(gate.recent) == rules["window"]:  # without h: with it no score could be above sqrt(w - 1)
+        baseline = (float(np.mean(gate.recent)), float(np.std(gate.recent)))
 
     z, streak = None, 0
     if baseline is not None:
@@ -55,22 +53,16 @@ def observe(gate: Gate, rules: dict, step: int, h: float) -> tuple[Gate, dict]:
         if (abs(z) if rules["two_sided"] else z) >= rules["threshold"]:
             streak = gate.streak + 1
 
-    count, recent, reference = gate.count + 1, np.append(gate.recent, h)[-max(window, 10) :], gate.reference
-    # A slow drift never surprises a window that drifts along: hold the last ten against the first full window.
-    drifted = False
-    if level is not None:
-        drifted = reference is not None and count >= 10 and bool(np.median(recent[-10:]) > level * reference)
-        reference = float(np.mean(recent[-window:])) if count == window else reference
-    tripped = streak >= rules["patience"] or drifted
+    tripped = streak >= rules["patience"]
 
-    mu, var = gate.mu, gate.var
+    recent, mu, var = gate.recent, gate.mu, gate.var
     if ema:
         omega, d = rules["omega"], h - gate.mu  # the old mu in both
         mu, var = (1 - omega) * mu + omega * h, (1 - omega) * var + omega * d * d
+    else:
+        recent = np.append(recent, h)[-rules["window"] :]
     fields = {"statistic": h, "baseline": baseline, "z": z, "streak": streak, "tripped": tripped}
     if tripped:  # what follows, after a cooldown, starts a streak of its own
         gate, streak = replace(gate, closed_at=step), 0
     pin = np.array(baseline) if streak else None
-    return replace(
-        gate, count=count, recent=recent, mu=mu, var=var, streak=streak, pin=pin, reference=reference
-    ), fields
+    return replace(gate, count=gate.count + 1, recent=recent, mu=mu, var=var, streak=streak, pin=pin), fields

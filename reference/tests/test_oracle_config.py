@@ -13,7 +13,7 @@ from gxpo_reference.oracle import Oracle
 
 
 def nested(path: str, value: Any) -> dict:
-    settings_ = config(gate=GATE | {"omega": 0.1, "level": None}, optimizer=ADAMW)
+    settings_ = config(gate=GATE | {"omega": 0.1}, optimizer=ADAMW)
     if path in ("optimizer.momentum", "optimizer.name"):
         settings_["optimizer"] = dict(SGD)
     *outer, key = path.split(".")
@@ -39,7 +39,6 @@ BAD = {
     "gate.warmup": ("an int >= 0", [-1, None]),
     "gate.cooldown": ("an int >= 0 or None", [-1, 1.5]),
     "gate.max_active_steps": ("an int >= 0 or None", [-1, False]),
-    "gate.level": ("a finite number > 0 or None", [0, -1, math.inf]),
     "optimizer.name": ("one of sgd, adamw", ["adam", None]),
     "optimizer.lr": ("a finite number >= 0", [-1, math.nan]),
     "optimizer.momentum": ("a finite number >= 0", [-0.1]),

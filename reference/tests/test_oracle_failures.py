@@ -197,7 +197,7 @@ def test_what_the_caller_holds_is_a_copy() -> None:
 
 
 @both_optimizers
-@pytest.mark.parametrize("changes", [{}, EMA, {"level": 1.5}, {"patience": 2, "cooldown": 2}], ids=str)
+@pytest.mark.parametrize("changes", [{}, EMA, {"patience": 2, "cooldown": 2}], ids=str)
 @pytest.mark.parametrize("at", [0, 3, 5, 7])
 def test_resumed_run_is_the_uninterrupted_one(optimizer: dict, changes: dict, at: int) -> None:
     """Also from the middle of a streak or a cooldown: pin, history, moments and step number all travel."""
@@ -222,7 +222,7 @@ def test_saved_state_is_plain() -> None:
             return all(isinstance(key, str) and plain(item) for key, item in value.items())
         return value is None or type(value) in (bool, int, float, str, np.ndarray)
 
-    assert plain(running(ADAMW, level=1.5).save())
+    assert plain(running(ADAMW).save())
 
 
 def test_state_of_other_parameters_is_refused() -> None:
