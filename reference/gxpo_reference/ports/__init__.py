@@ -1,3 +1,3 @@
-"""GXPO in JAX and in JavaScript, each with what puts it under the conformance suite."""
+"""GXPO in JAX and in JavaScript, each with what puts it under the conformance suite, as minimal.py is, too."""
 
 from __future__ import annotations
