@@ -13,15 +13,15 @@ import pytest
 import torch
 
 from gxpo import extrapolation_scale
-from gxpo_reference.benchmarks import cli, contenders, growth, measure, memory, stages, steps, tables
-from gxpo_reference.benchmarks.models import big_tensors, transformer
+from gxpo_reference.benchmarks import cli, contenders, growth, measure, memory, overhead, stages, steps, tables
+from gxpo_reference.benchmarks.models import SIZES, big_tensors, transformer, transformer_shapes
 
 
 def test_help_says_what_there_is() -> None:
     command = [sys.executable, "-m", "gxpo_reference.benchmarks", "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
-    for word in ("steps", "stages", "memory", "growth", "all", "--device", "--dtype", "--rounds", "--out", "--quick"):
-        assert word in shown
+    assert all(word in shown for word in (*cli.WHAT, "all"))
+    assert all(f"--{option}" in shown for option in ("device", "dtype", "rounds", "out", "quick", "optimizer-state"))
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "TURN", 0.0)
         patch.setattr(stages, "TURN", 0.0)
+        patch.setattr(overhead, "TURN", 0.0)
         cli.main(["all", "--quick", "--out", str(path)])
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -40,7 +41,7 @@ def test_a_quick_run_writes_what_is_documented(quick: dict[str, Any]) -> None:
     assert quick["config"]["rounds"] == 2
     assert quick["environment"].keys() >= {"torch", "python", "cores", "threads", "device", "load_average"}
     results = quick["results"]
-    assert results.keys() == {"steps", "stages", "memory", "growth"}
+    assert results.keys() == set(cli.WHAT)
     assert set(results["steps"]["contenders"]) == set(results["memory"]["contenders"]) - {contenders.PLAIN}
     for row in results["steps"]["contenders"].values():
         for own, plain, ratio in zip(*(row[key]["all"] for key in ("seconds", "plain_seconds", "ratio")), strict=True):
@@ -61,17 +62,29 @@ def test_the_tables_name_everything(quick: dict[str, Any]) -> None:
     assert tables.text(stages.table(results["stages"])).count("\n") == 5 * len(contenders.SETTINGS)
     assert tables.text(memory.table(results["memory"])).count("\n") == len(results["memory"]["contenders"])
     assert "big tensors" in tables.text(growth.table(results["growth"]))
+    shown = tables.text(overhead.table(results["overhead"], "cpu"))
+    assert all(name in shown for name in overhead.QUICK)
 
 
 def test_what_does_not_fit_is_skipped_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(growth, "free_bytes", lambda device: 10**6)
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 10**6)
     rows = growth.measure([10**5], 1, "cpu", torch.float32, 1)
+    rows += overhead.measure({"large": [(1000, 100)]}, ["keep"], "cpu", torch.float32, 1)
     assert all(row["skipped"] == "skipped: needs about 0.0 GB, 0.0 GB free" for row in rows)
-    assert "skipped" in tables.text(growth.table(rows))
+    assert "skipped" in tables.text(growth.table(rows[:2]))
+    assert "skipped" in tables.text(overhead.table(rows[2:], "cpu"))
 
 
 @pytest.mark.parametrize(
-    "wrong", [["--width", "10"], ["--rounds", "0"], ["--batch", "x"], ["--out", "no/such/folder.json"], ["nothing"]]
+    "wrong",
+    [
+        ["--width", "10"],
+        ["--rounds", "0"],
+        ["--batch", "x"],
+        ["--out", "no/such/folder.json"],
+        ["--sizes", "12345", "overhead"],
+        ["nothing"],
+    ],
 )
 def test_a_wrong_option_is_refused_before_any_work(wrong: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
@@ -151,6 +164,57 @@ def test_the_least_that_must_be_moved() -> None:
     assert stages.units(2) == [10, 9, 1, 0]
     assert stages.units(2, rollback=False) == [6, 9, 1, 0]
     assert stages.units(2, optimizer_state="restore") == [10, 13, 1, 0]
+
+
+# ----------------------------------------------------------------------------------------------- gradients for nothing
+
+
+def test_overhead_is_the_difference_as_a_share_of_three_plain_steps(quick: dict[str, Any]) -> None:
+    rows = quick["results"]["overhead"]
+    assert {row["shapes"] for row in rows} == set(overhead.QUICK)
+    assert {row["freed_memory"] for row in rows} <= {"as it comes", "kept"}
+    for row in rows:
+        for own, plain, share in zip(*(row[key]["all"] for key in ("seconds", "plain_seconds", "share")), strict=True):
+            assert share == pytest.approx((own - plain) / plain)
+            assert min(own, plain) > 0
+        assert row["share"]["quartiles"][0] <= row["share"]["median"] <= row["share"]["quartiles"][1]
+        assert min(row["paged_in"], row["plain_paged_in"]) >= 0
+
+
+@pytest.mark.parametrize("who", ["plain", "own"])
+def test_either_side_clips_the_same_three_gradients_in_every_turn(who: str) -> None:
+    """One that found its gradients clipped already would have less to do, and the share would be of nothing."""
+    params = [torch.nn.Parameter(torch.randn(30, 20)) for _ in range(3)]
+    grads = overhead.Gradients(params)
+    turns = overhead.sides(params, grads, "keep")
+    assert min(grads.norms) > 10 * overhead.MAX_NORM
+    for _ in range(3):
+        grads.renew()
+        assert [grads._norm(g) for g in grads.passes] == pytest.approx(grads.norms, rel=1e-5)
+        turns[who]()
+        clipped = [grads._norm(g) for g in grads.passes]
+        # the last of GXPO's gradients is clipped like the others, for passes() and step(closure) own it
+        assert clipped == pytest.approx([overhead.MAX_NORM] * 3, rel=1e-5)
+        assert grads.next == 0
+
+
+def test_gxpos_side_is_an_active_step_around_the_same_optimizer() -> None:
+    assert set(SIZES) >= {10**8, 10**9}
+    shapes = transformer_shapes(*SIZES[10**5])
+    problem = transformer(*SIZES[10**5], 1, "cpu", torch.float32)
+    assert shapes == [tuple(p.shape) for p in problem.params]
+    grads = overhead.Gradients(problem.params)
+    step = overhead.sides(problem.params, grads, "restore")["own"]
+    before = [p.detach().clone() for p in problem.params]
+    step()
+    assert all(not torch.equal(p, q) for p, q in zip(problem.params, before, strict=True))
+
+
+def test_sizes_are_those_of_the_transformers() -> None:
+    """Or a table's rows would be called what they are not."""
+    for size, (width, layers) in SIZES.items():
+        numbers = sum(torch.Size(shape).numel() for shape in transformer_shapes(width, layers))
+        assert numbers == pytest.approx(size, rel=0.15)
 
 
 # ------------------------------------------------------------------------------------------------------ same arithmetic

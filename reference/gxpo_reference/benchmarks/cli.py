@@ -11,23 +11,35 @@ from typing import Any
 
 import torch
 
-from gxpo_reference.benchmarks import growth, measure, memory, stages, steps
-from gxpo_reference.benchmarks.models import HEADS, LENGTH, Problem, big_tensors, transformer
+from gxpo import STATE_POLICIES
+from gxpo_reference.benchmarks import growth, measure, memory, overhead, stages, steps
+from gxpo_reference.benchmarks.models import (
+    HEADS,
+    LENGTH,
+    SIZES,
+    Problem,
+    Shapes,
+    tensors,
+    transformer,
+    transformer_shapes,
+)
 from gxpo_reference.benchmarks.tables import environment, text
 
-WHAT = ("steps", "stages", "memory", "growth")
+WHAT = ("steps", "stages", "memory", "growth", "overhead")
 DESCRIPTION = """\
 What a GXPO step costs, as ratios within one run. Contenders take turns in rounds, each right beside the plain steps
 that it is compared with; figures are medians and quartiles over the rounds, the first of which is dropped.
 
-  steps    whole steps of a transformer, each against as many plain clipped AdamW steps as it makes backward passes
-           (floor 1.00): GXPO with each setting, after fallback, SFPO, and GXPO as one would first write it down
-  stages   what GXPO does besides backward passes and the optimizer's own step, pass by pass, against a copy_() of as
-           many bytes as it must at least read and write
-  memory   peak memory beyond plain AdamW training, in parameter-sized buffers
-  growth   steps and stages from 1e5 to 1e8 parameters, of a transformer and of big tensors with a gradient that costs
-           next to nothing; sizes that do not fit are skipped
-  all      these four
+  steps     whole steps of a transformer, each against as many plain clipped AdamW steps as it makes backward passes
+            (floor 1.00): GXPO with each setting, after fallback, SFPO, and GXPO as one would first write it down
+  stages    what GXPO does besides backward passes and the optimizer's own step, pass by pass, against a copy_() of as
+            many bytes as it must at least read and write
+  memory    peak memory beyond plain AdamW training, in parameter-sized buffers
+  growth    steps and stages from 1e5 to 1e8 parameters, of a transformer and of big tensors with a gradient that costs
+            next to nothing; sizes that do not fit are skipped
+  overhead  what GXPO adds to three plain steps, as a share of them, where gradients cost nothing: on one thread, for
+            large tensors, LoRA's, and many small ones
+  all       these five
 """
 
 
@@ -59,7 +71,19 @@ def parser() -> argparse.ArgumentParser:
         "--threads 1, as waiting threads count (default: %(default)s)",
     )
     options.add_argument(
-        "--sizes", type=_positive, nargs="+", default=None, metavar="N", help="for growth (default: 1e5 1e6 1e7 1e8)"
+        "--sizes",
+        type=_positive,
+        nargs="+",
+        metavar="N",
+        help="of parameters, for growth (default: 1e5 1e6 1e7 1e8); for overhead: the tensors of transformers with so "
+        f"many, out of {', '.join(f'{size:.0e}' for size in SIZES)}, in place of its own table",
+    )
+    options.add_argument(
+        "--optimizer-state",
+        choices=STATE_POLICIES,
+        nargs="+",
+        default=["keep"],
+        help="GXPO's, for overhead; steps and stages have both (default: keep)",
     )
     options.add_argument("--out", type=Path, metavar="FILE.json", help="write every timing there, too")
     options.add_argument(
@@ -83,8 +107,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = options.parse_args(arguments)
     if given.quick:
         given.width, given.layers, given.batch, given.rounds = 16, 1, 1, 2
-        given.sizes = given.sizes or [1000, 100_000]
-    given.sizes = given.sizes or list(growth.SIZES)
+    if given.what == "overhead" and (unknown := [size for size in given.sizes or () if size not in SIZES]):
+        options.error(f"--sizes of overhead must be out of {', '.join(map(str, SIZES))}, got {unknown[0]}")
     if given.width % HEADS:
         options.error(f"--width must be a multiple of {HEADS}, got {given.width}")
     if given.device.startswith("cuda") and not torch.cuda.is_available():
@@ -102,6 +126,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cores = f"{machine['cores']} cores, {machine['threads']} threads"
     print(f"{machine['device']} ({cores}), torch {machine['torch']}, AdamW, {given.clock} time")
     results: dict[str, Any] = {}
+    sizes = given.sizes or ([1000, 100_000] if given.quick else [10**5, 10**6, 10**7, 10**8])
+    shapes: dict[str, Shapes] = overhead.QUICK if given.quick else overhead.SHAPES
+    if given.what == "overhead" and given.sizes:
+        shapes = {f"transformer, {size:.0e}": transformer_shapes(*SIZES[size]) for size in given.sizes}
 
     def model() -> Problem:
         return transformer(given.width, given.layers, given.batch, device, dtype)
@@ -117,14 +145,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results["stages"] = stages.measure(model(), device, given.rounds)
         show("stages", results["stages"]["problem"], stages.table(results["stages"]))
     if "memory" in wanted:
-        # as many numbers as the transformer has, without its activations
-        results["memory"] = memory.measure(big_tensors(model().size, device, dtype), device)
+        parameters = transformer_shapes(given.width, given.layers)  # without its activations
+        results["memory"] = memory.measure(tensors(parameters, device, dtype, "transformer's tensors"), device)
         about = f"{results['memory']['problem']}; {results['memory']['method']}"
         show("memory", about, memory.table(results["memory"]))
     if "growth" in wanted:
-        results["growth"] = growth.measure(given.sizes, given.batch, device, dtype, given.rounds)
+        results["growth"] = growth.measure(sizes, given.batch, device, dtype, given.rounds)
         about = f"{given.dtype}, transformers with {given.batch * LENGTH:,} tokens"
         show("growth", about, growth.table(results["growth"]))
+    if "overhead" in wanted:  # last, for it changes how memory is given back
+        results["overhead"] = overhead.measure(shapes, given.optimizer_state, device, dtype, given.rounds)
+        show("overhead", f"{given.dtype}, gradients for nothing", overhead.table(results["overhead"], device))
 
     if given.out:
         config = {name: value for name, value in vars(given).items() if name != "out"}

@@ -10,11 +10,9 @@ import torch
 
 from gxpo_reference.benchmarks import stages, steps
 from gxpo_reference.benchmarks.contenders import ACTIVE, FALLBACK
-from gxpo_reference.benchmarks.measure import free_bytes
-from gxpo_reference.benchmarks.models import Problem, big_tensors, transformer
+from gxpo_reference.benchmarks.measure import does_not_fit
+from gxpo_reference.benchmarks.models import SIZES, Problem, big_tensors, transformer
 
-SIZES = (10**5, 10**6, 10**7, 10**8)
-SHAPES = {10**5: (20, 1), 10**6: (128, 2), 10**7: (320, 7), 10**8: (832, 12)}  # width, layers of such a transformer
 NUMBERS_KEPT = 18  # per parameter, at the peak: theta, gradient, AdamW's state thrice, GXPO's four, temporaries, floor
 
 
@@ -22,14 +20,11 @@ def problems(sizes: list[int], batch: int, device: str, dtype: torch.dtype) -> I
     """A kind, a size and a problem or the reason why there is none. Big tensors have the cheapest backward pass there
     can be, so their ratio is the worst one; a transformer's is what one would meet."""
     for size in sizes:
-        needed, free = NUMBERS_KEPT * size * dtype.itemsize, free_bytes(device)
-        lack = f"skipped: needs about {needed / 1e9:.1f} GB, {(free or 0) / 1e9:.1f} GB free"
-        fits = free is None or needed < 0.9 * free
-        yield "big tensors", size, big_tensors(size, device, dtype) if fits else lack
-        if size in SHAPES:
+        lack = does_not_fit(NUMBERS_KEPT * size * dtype.itemsize, device)
+        yield "big tensors", size, lack or big_tensors(size, device, dtype)
+        if size in SIZES:
             slow = "skipped: minutes a step on a CPU" if device == "cpu" and size > 10**7 else ""
-            shape = SHAPES[size]
-            yield "transformer", size, slow or (transformer(*shape, batch, device, dtype) if fits else lack)
+            yield "transformer", size, slow or lack or transformer(*SIZES[size], batch, device, dtype)
 
 
 def measure(sizes: list[int], batch: int, device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any]]:

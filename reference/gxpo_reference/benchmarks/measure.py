@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import math
 import os
@@ -17,6 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 # ------------------------------------------------------------------------------------------------------------- time
 
@@ -196,3 +202,35 @@ def free_bytes(device: str) -> int | None:
             return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         except (AttributeError, OSError, ValueError):
             return None
+
+
+def bytes_paged_in() -> int:
+    """Of this process so far, from memory that the system had to hand out; 0 where nobody counts."""
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt * resource.getpagesize()
+
+
+@contextlib.contextmanager
+def freed_memory_kept() -> Iterator[bool]:
+    """Have glibc's malloc keep what is freed, for reuse; False where there is none. Afterwards it gives back again, by
+    its documented thresholds, which no longer adapt: do nothing after it in which that would matter."""
+    trim_threshold, mmap_max = -1, -4  # of malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, TypeError, AttributeError):
+        yield False
+        return
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, -1)
+    try:
+        yield True
+    finally:
+        mallopt(mmap_max, 65536)
+        mallopt(trim_threshold, 128 * 1024)
+
+
+def does_not_fit(needed: int, device: str) -> str:
+    """Why so many bytes are not asked for; empty where they are to be had."""
+    free = free_bytes(device)
+    if free is None or needed < 0.9 * free:
+        return ""
+    return f"skipped: needs about {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB free"

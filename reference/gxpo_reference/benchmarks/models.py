@@ -10,6 +10,15 @@ import torch
 from torch import Tensor, nn
 
 VOCABULARY, LENGTH, HEADS = 2048, 128, 4
+SIZES = {  # parameters, about: width and layers of a transformer that has so many
+    10**5: (20, 1),
+    10**6: (128, 2),
+    10**7: (320, 7),
+    10**8: (832, 12),
+    3 * 10**8: (1024, 24),
+    10**9: (2048, 20),
+}
+Shapes = list[tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,8 @@ class Transformer(nn.Module):
 
 def transformer(width: int, layers: int, batch: int, device: str, dtype: torch.dtype) -> Problem:
     torch.manual_seed(0)
-    net = Transformer(width, layers).to(device, dtype)
+    with torch.device(device):
+        net = Transformer(width, layers).to(dtype)
     tokens = torch.randint(0, VOCABULARY, (batch, LENGTH + 1), device=device)
 
     def backward() -> Tensor:
@@ -69,14 +79,18 @@ def transformer(width: int, layers: int, batch: int, device: str, dtype: torch.d
     return Problem("transformer", list(net.parameters()), backward, batch * LENGTH)
 
 
-def big_tensors(size: int, device: str, dtype: torch.dtype, tensors: int = 4) -> Problem:
-    """`tensors` equal ones of `size` numbers together, rounded up. The loss is c |theta|^2 / 2; its gradient c theta is
-    written down, and nobody asks for its value: no activations, and a pass as cheap as a pass can be. c goes round and
-    round, for a norm that never changes is what clipping twice looks like."""
+def transformer_shapes(width: int, layers: int) -> Shapes:
+    """Of its parameters, without making any."""
+    with torch.device("meta"):
+        return [tuple(p.shape) for p in Transformer(width, layers).parameters()]
+
+
+def tensors(shapes: Shapes, device: str, dtype: torch.dtype, what: str = "tensors") -> Problem:
+    """The loss is c |theta|^2 / 2; its gradient c theta is written down, and nobody asks for its value: no activations,
+    and a pass as cheap as a pass can be. c goes round and round, for a norm that never changes is what clipping twice
+    looks like."""
     torch.manual_seed(0)
-    rows = 64
-    columns = -(-size // (rows * tensors))
-    params = [nn.Parameter(torch.randn(rows, columns, device=device, dtype=dtype)) for _ in range(tensors)]
+    params = [nn.Parameter(torch.randn(shape, device=device, dtype=dtype)) for shape in shapes]
     loss, factors = torch.zeros((), device=device), itertools.cycle((0.5, 0.51, 0.52, 0.53, 0.54))
 
     def backward() -> Tensor:
@@ -85,4 +99,10 @@ def big_tensors(size: int, device: str, dtype: torch.dtype, tensors: int = 4) ->
             p.grad = p.detach() * c
         return loss
 
-    return Problem("big tensors", params, backward)
+    return Problem(what, params, backward)
+
+
+def big_tensors(size: int, device: str, dtype: torch.dtype, count: int = 4) -> Problem:
+    """`count` equal ones of `size` numbers together, rounded up."""
+    rows = 64
+    return tensors([(rows, -(-size // (rows * count)))] * count, device, dtype, "big tensors")
