@@ -1,0 +1,246 @@
+"""A GXPO step in plain torch around any optimizer, and a record of all that hangs on one, bit for bit.
+
+Nothing is copied here: where the base's state has to be an earlier one, a new base makes its steps once more.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+import random
+import types
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Make = Callable[[list[Tensor]], Any]
+HORIZON, ALPHA = 5, 0.5
+
+
+# ---------------------------------------------------------------------------------------------------------- the problem
+
+
+def seed(*numbers: int) -> None:
+    """Of the generators that an optimizer may draw from; each pass has its own, so that a replay draws the same."""
+    one = hash(numbers) % 2**32
+    torch.manual_seed(one)
+    np.random.seed(one)  # noqa: NPY002 (the global one is meant)
+    random.seed(one)
+
+
+def start(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    made = [torch.rand(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [torch.nn.Parameter((t + 0.5).copysign(torch.sin(9.0 * t)).to(dtype)) for t in made]
+
+
+def loss_of(params: list[Tensor]) -> Tensor:
+    """No gradient is near zero, all bend, and every parameter acts on the others."""
+    common = torch.stack([p.square().mean() for p in params]).sum()
+    return sum((p.square() + 0.1 * p**4).sum() for p in params) + common.square()
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+
+def q_of(before: Tensor, after: Tensor) -> Tensor:
+    """S_K(r) / S_2(r) between 1 and K/2 + 1; 1 where a coordinate takes no part."""
+    before, after = before.double(), after.double()
+    takes_part = before.abs() > 1e-3 * before.square().mean().sqrt()
+    r = torch.where(takes_part, after / before, 0.0).clamp(-2.0, 3.0)
+    return (sum(r**n for n in range(HORIZON)) / (1.0 + r)).clamp(1.0, HORIZON / 2 + 1)
+
+
+class ByHand:
+    """GXPO's step. Under "restore" the fast steps leave the base as it was, so that its state is that of a new base
+    which has made the earlier last steps alone: those, at their points and with their gradients, are what is kept."""
+
+    def __init__(self, make: Make, params: list[Tensor], policy: str, saved: dict[str, Any] | None = None) -> None:
+        """`saved` is a state_dict of `make`'s, to start from."""
+        self.make, self.start, self.policy, self.saved = make, [p.detach().clone() for p in params], policy, saved
+        self.last_steps: list[tuple[tuple[int, ...], list[Tensor], list[Tensor]]] = []
+        self.n = 0
+        self.params, self.base = self._replayed()
+
+    def step(self) -> None:
+        theta0 = [p.detach().clone() for p in self.params]
+        g0 = self._take_step((self.n, 0))
+        g1 = self._take_step((self.n, 1))
+        moves = [p.detach() - origin for p, origin in zip(self.params, theta0, strict=True)]
+        if self.policy == "restore":
+            self.params, self.base = self._replayed()
+        with torch.no_grad():
+            for p, origin, a, b, move in zip(self.params, theta0, g0, g1, moves, strict=True):
+                p.copy_(origin.double() + ALPHA * q_of(a, b) * move.double())
+        point = [p.detach().clone() for p in self.params]
+        self.last_steps.append(((self.n, 2), point, self._take_step((self.n, 2))))
+        self.n += 1
+
+    def _take_step(self, numbers: tuple[int, ...]) -> list[Tensor]:
+        seed(*numbers)
+        for p in self.params:
+            p.grad = None
+        loss_of(self.params).backward()
+        grads = [p.grad.clone() for p in self.params]
+        self.base.step()
+        return grads
+
+    def _replayed(self) -> tuple[list[Tensor], Any]:
+        params, base = built(self.make, self.start, self.saved)
+        for numbers, point, grads in self.last_steps:
+            seed(*numbers)
+            with torch.no_grad():
+                for p, value, grad in zip(params, point, grads, strict=True):
+                    p.copy_(value)
+                    p.grad = grad.clone()
+            base.step()
+        return params, base
+
+
+def built(make: Make, values: list[Tensor], saved: dict[str, Any] | None = None) -> tuple[list[Tensor], Any]:
+    params = [torch.nn.Parameter(v.detach().clone()) for v in values]
+    seed(0)
+    base = make(params)
+    if saved is not None:
+        base.load_state_dict(copied(saved))  # which may keep what it is given
+    return params, base
+
+
+def copied(saved: dict[str, Any]) -> dict[str, Any]:
+    """As a checkpoint does it. What cannot be written to a file (functions in a group) has no tensors but torch's."""
+    file = io.BytesIO()
+    try:
+        torch.save(saved, file)
+    except (pickle.PicklingError, AttributeError):
+        return copy.deepcopy(saved)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def closure_of(params: list[Tensor], n: int, fail_in_pass: int = 0) -> Callable[[], Tensor]:
+    """Of step `n`: each pass seeds what its base step draws."""
+    calls = 0
+
+    def closure() -> Tensor:
+        nonlocal calls
+        seed(n, calls)
+        calls += 1
+        if calls == fail_in_pass:
+            raise ZeroDivisionError("a pass that fails")
+        loss = loss_of(params)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+# ----------------------------------------------------------------------------------------------------------- the record
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size, range, slice)
+SHARED = (types.ModuleType, type, types.BuiltinFunctionType)  # belong to nobody in particular: not looked into
+VALUES = (*PLAIN, tuple, frozenset, np.generic, types.MethodType)  # of these a copy is as good
+
+
+class Entry(NamedTuple):
+    """`thing` keeps the object alive, so that another one cannot take its place unseen."""
+
+    kind: str
+    bits: Any
+    thing: Any
+
+
+def record(root: Any, params: list[Tensor]) -> dict[str, Entry]:
+    """Everything reachable from `root`, by the path that leads there first. Of functions, what they close over."""
+    found = {f"parameter {n}": Entry("Parameter", bits(p), p) for n, p in enumerate(params)}
+    names = {id(p): name for (name, entry) in found.items() for p in [entry.thing]}
+    waiting = deque([("base", root), *((f"parameter {n}", vars(p)) for n, p in enumerate(params))])
+    while waiting:
+        path, thing = waiting.popleft()
+        if isinstance(thing, PLAIN):
+            found[path] = Entry(type(thing).__name__, repr(thing), thing)
+        elif id(thing) in names:
+            found[path] = Entry("the same as", names[id(thing)], thing)
+        else:
+            names[id(thing)] = path
+            found[path] = Entry(type(thing).__name__, bits(thing), thing)
+            waiting.extend((path + name, part) for name, part in parts(thing, names))
+    return found
+
+
+def differences(before: dict[str, Entry], after: dict[str, Entry]) -> list[str]:
+    """In words, none where nothing has changed: neither a bit nor which object it is."""
+    found = [f"{path} is gone" for path in before.keys() - after.keys()]
+    found += [f"{path} is new" for path in after.keys() - before.keys()]
+    for path in before.keys() & after.keys():
+        old, new = before[path], after[path]
+        if old[:2] != new[:2]:
+            found.append(f"{path} has changed")
+        elif old.thing is not new.thing and not isinstance(old.thing, VALUES):
+            found.append(f"{path} is another {old.kind}")
+    return sorted(found)
+
+
+def bits(thing: Any) -> Any:
+    if isinstance(thing, Tensor):
+        kind = thing.dtype, tuple(thing.shape), thing.requires_grad
+        if hasattr(thing, "__tensor_flatten__"):
+            return kind
+        dense = thing.detach().contiguous().as_strided((thing.numel(),), (1,))
+        return kind, thing.stride(), dense.view(torch.uint8).numpy().tobytes()
+    if isinstance(thing, np.ndarray | np.generic):
+        return str(thing.dtype), thing.tobytes()
+    if isinstance(thing, torch.Generator):
+        return thing.get_state().numpy().tobytes()
+    if isinstance(thing, np.random.Generator):
+        return repr(thing.bit_generator.state)
+    if isinstance(thing, random.Random):
+        return thing.getstate()
+    return repr(thing) if type(thing).__module__ == "itertools" else None
+
+
+def parts(thing: Any, names: dict[int, str]) -> Iterator[tuple[str, Any]]:
+    """What hangs on a thing, each under what has to be added to its path."""
+    if isinstance(thing, SHARED):
+        return
+    if isinstance(thing, dict):
+        for n, (key, value) in enumerate(thing.items()):
+            yield f"[{names.get(id(key), n) if not isinstance(key, PLAIN) else repr(key)}]", value
+    elif isinstance(thing, list | tuple | deque):
+        yield from ((f"[{n}]", part) for n, part in enumerate(thing))
+    elif isinstance(thing, set | frozenset):
+        yield from ((f"{{{n}}}", part) for n, part in enumerate(sorted(thing, key=repr)))
+    elif isinstance(thing, weakref.ref):
+        yield "()", thing()
+    elif isinstance(thing, functools.partial):
+        yield from ((".func", thing.func), (".args", thing.args), (".keywords", thing.keywords))
+    elif isinstance(thing, types.MethodType):
+        yield from ((".__func__", thing.__func__), (".__self__", thing.__self__))
+    elif isinstance(thing, types.FunctionType):
+        for name, cell in zip(thing.__code__.co_freevars, thing.__closure__ or (), strict=True):
+            yield f"<{name}>", cell.cell_contents
+        return
+    if isinstance(thing, Tensor) and hasattr(thing, "__tensor_flatten__"):
+        yield from ((f".{name}", getattr(thing, name)) for name in thing.__tensor_flatten__()[0])
+    yield from ((f".{name}", part) for name, part in getattr(thing, "__dict__", {}).items())
+    slots = (vars(kind).get("__slots__", ()) for kind in type(thing).__mro__)
+    for name in (n for some in slots for n in ([some] if isinstance(some, str) else some)):
+        if name not in ("__dict__", "__weakref__") and hasattr(thing, name):
+            yield f".{name}", getattr(thing, name)
+
+
+def numbers(found: dict[str, Entry]) -> dict[str, Tensor]:
+    """The figures of a record, for comparing what differs by rounding."""
+    figures = {}
+    for path, entry in found.items():
+        if isinstance(entry.thing, Tensor) and not hasattr(entry.thing, "__tensor_flatten__"):
+            figures[path] = entry.thing.detach().double()
+        elif isinstance(entry.thing, int | float):
+            figures[path] = torch.tensor(float(entry.thing), dtype=torch.float64)
+    return figures
