@@ -25,6 +25,19 @@ PORT = "gxpo_reference.ports.minimal_adapter:Port"
 SOURCE = Path(minimal.__file__).read_text(encoding="utf-8")
 
 STEPS = 24
+
+
+class Untidy(torch.optim.SGD):
+    """Leaves something else in .grad than it was given, as optimizers do that average in place."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad.add_(p.detach())
+
+
 Base = Callable[[list[Tensor]], torch.optim.Optimizer]
 BASES: dict[str, Base] = {
     "SGD": lambda params: torch.optim.SGD(params, lr=0.05),
@@ -34,6 +47,7 @@ BASES: dict[str, Base] = {
     "NAdam": lambda params: torch.optim.NAdam(params, lr=0.02),
     "RMSprop": lambda params: torch.optim.RMSprop(params, lr=0.01, momentum=0.5),
     "Adagrad": lambda params: torch.optim.Adagrad(params, lr=0.1),
+    "one that writes into gradients": lambda params: Untidy(params, lr=0.05),
     "two groups": lambda params: torch.optim.SGD([{"params": params[:1], "lr": 0.01}, {"params": params[1:]}], lr=0.05),
 }
 
@@ -85,6 +99,21 @@ def test_it_asks_and_ends_where_gxpo_py_does(
     for ours, theirs in zip(asked, points(whole), strict=True):  # as many: it closes at the same step
         for a, b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("horizon", [2, 3, 4, 5, 10, 11])
+def test_r_and_q_are_gxpo_pys(horizon: int) -> None:
+    """Where runs seldom come: at the pole, at both ends, beside nothing, and where a ratio overflows."""
+    near = torch.tensor([-1e-4, -1e-7, -5e-9, 0.0, 5e-9, 1e-7, 1e-4], dtype=torch.float64)
+    r = torch.cat([torch.linspace(-2, 3, 51, dtype=torch.float64), near - 1, near + 1])
+    q = gxpo.extrapolation_scale(r, horizon)
+    torch.testing.assert_close(minimal.extrapolation_scale(r, horizon), q, rtol=1e-12, atol=0)
+    g0 = torch.tensor([1.0, 1.0, 1.0, -1.0, 9e-4, 7e-4, 0.0, 0.5], dtype=torch.float64)  # 1e-3 RMS is 7.3e-4
+    g1 = torch.tensor([5.0, -5.0, 0.5, 0.5, 9e-4, 7e-4, 0.0, 1e308], dtype=torch.float64) / 0.5
+    assert g1.isinf().any()
+    seen = minimal.retention_ratio(g0, g1)
+    assert seen.tolist() == [3, -2, 1, -1, 2, 0, 0, 0]
+    torch.testing.assert_close(seen, gxpo.retention_ratio(g0, g1, g0.square().mean().sqrt().item()), rtol=0, atol=0)
 
 
 def test_defaults_are_those_of_gxpo_py() -> None:
