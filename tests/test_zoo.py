@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from zoo_by_hand import ByHand, built, closure_of, copied, differences, loss_of, numbers, record, seed, start
+from zoo_by_hand import ByHand, built, copied, differences, loss_of, numbers, record, seed, start, take_step
 from zoo_kinds import CLOSURES, KINDS, LEFT_OUT, OWN_COPY, WRAPPERS, Kind, classes, imported
 
 import gxpo
@@ -41,9 +41,8 @@ def of_kinds(*kinds: Kind) -> pytest.MarkDecorator:
 
 
 def wrapped(kind: Kind, policy: str, values: list[Tensor] | None = None) -> tuple[GXPO, list[Tensor]]:
-    # Each pass seeds its own noise: replay_rng would give back what the first one was seeded with.
     params, base = built(kind.make, values or start(kind.shapes, kind.dtype))
-    return GXPO(base, gate=None, optimizer_state=policy, replay_rng=False), params
+    return GXPO(base, gate=None, optimizer_state=policy), params
 
 
 def assert_close(got: list[Tensor], right: list[Tensor], origin: list[Tensor]) -> None:
@@ -64,15 +63,15 @@ def assert_close(got: list[Tensor], right: list[Tensor], origin: list[Tensor]) -
 def test_the_step_of_the_formulas(kind: Kind, policy: str) -> None:
     """If not, its counters, schedules and moments would be ahead of the steps made, or not those of the point used."""
     opt, params = wrapped(kind, policy)
+    hand = ByHand(kind.make, start(kind.shapes, kind.dtype), policy)
     origin = [p.detach().clone() for p in params]
-    hand = ByHand(kind.make, params, policy)
     for n in range(4):
-        opt.step(closure_of(params, n))
-        hand.step()
+        take_step(opt, params, n)
+        hand.step(n)
         assert opt.report.outcome == "active"
         assert_close(params, hand.params, origin)
     ours, theirs = numbers(record(opt.base, params)), numbers(record(hand.base, hand.params))
-    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05}[kind.dtype]
+    tolerance = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 0.05}[params[0].dtype]
     assert [path for path in theirs if path not in ours] == []
     alike = {path: torch.allclose(ours[path], right, rtol=tolerance, atol=tolerance) for path, right in theirs.items()}
     assert [path for path, is_alike in alike.items() if not is_alike] == []
@@ -91,10 +90,10 @@ def test_a_failed_step_leaves_no_trace(kind: Kind, policy: str) -> None:
         for at in (2, 3):
             before = record(opt.base, params)
             with pytest.raises(ZeroDivisionError):
-                opt.step(closure_of(params, n, fail_in_pass=at))
+                take_step(opt, params, n, fail_in_pass=at)
             assert differences(before, record(opt.base, params)) == []
-        opt.step(closure_of(params, n))
-        twin.step(closure_of(theirs, n))
+        take_step(opt, params, n)
+        take_step(twin, theirs, n)
         assert all(torch.equal(p, q) for p, q in zip(params, theirs, strict=True))
 
 
@@ -108,14 +107,14 @@ def test_a_resumed_run_goes_on_as_by_hand(kind: Kind, policy: str) -> None:
     old, params = wrapped(kind, policy)
     origin = [p.detach().clone() for p in params]
     for n in range(2):
-        old.step(closure_of(params, n))
+        take_step(old, params, n)
     values, saved = [p.detach().clone() for p in params], copied(old.state_dict())
     new, ours = wrapped(kind, policy, values)
     new.load_state_dict(saved)
     hand = ByHand(kind.make, values, policy, copied(old.base.state_dict()))
-    for _ in range(2):
-        new.step(closure_of(ours, hand.n))
-        hand.step()
+    for n in range(2, 4):
+        take_step(new, ours, n)
+        hand.step(n)
         assert_close(ours, hand.params, origin)
 
 
@@ -126,7 +125,7 @@ def refused(opt: Callable[[], GXPO], params: list[Tensor], base: Any, error: Any
     """At once or in the first step, and then nothing has been lost."""
     before = record(base, params)
     with pytest.raises(error) as caught:
-        opt().step(closure_of(params, 0))
+        take_step(opt(), params, 0)
     assert differences(before, record(base, params)) == []
     return caught.value
 

@@ -27,12 +27,20 @@ HORIZON, ALPHA = 5, 0.5
 # ---------------------------------------------------------------------------------------------------------- the problem
 
 
-def seed(*numbers: int) -> None:
-    """Of the generators that an optimizer may draw from; each pass has its own, so that a replay draws the same."""
-    one = hash(numbers) % 2**32
-    torch.manual_seed(one)
-    np.random.seed(one)  # noqa: NPY002 (the global one is meant)
-    random.seed(one)
+def seed(n: int) -> None:
+    """Of the generators that an optimizer may draw from: anew in each step, so that no earlier one matters."""
+    torch.manual_seed(n)
+    np.random.seed(n)  # noqa: NPY002 (the global one is meant)
+    random.seed(n)
+
+
+def generators() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def set_generators(states: tuple[Any, ...]) -> None:
+    for put, state in zip((torch.set_rng_state, np.random.set_state, random.setstate), states, strict=True):
+        put(state)
 
 
 def start(shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype) -> list[Tensor]:
@@ -65,42 +73,42 @@ class ByHand:
     def __init__(self, make: Make, params: list[Tensor], policy: str, saved: dict[str, Any] | None = None) -> None:
         """`saved` is a state_dict of `make`'s, to start from."""
         self.make, self.start, self.policy, self.saved = make, [p.detach().clone() for p in params], policy, saved
-        self.last_steps: list[tuple[tuple[int, ...], list[Tensor], list[Tensor]]] = []
-        self.n = 0
+        self.last_steps: list[tuple[tuple[Any, ...], list[Tensor], list[Tensor]]] = []
         self.params, self.base = self._replayed()
 
-    def step(self) -> None:
+    def step(self, n: int) -> None:
+        seed(n)
         theta0 = [p.detach().clone() for p in self.params]
-        g0 = self._take_step((self.n, 0))
-        g1 = self._take_step((self.n, 1))
+        _, _, g0 = self._take_step()
+        _, _, g1 = self._take_step()
         moves = [p.detach() - origin for p, origin in zip(self.params, theta0, strict=True)]
         if self.policy == "restore":
             self.params, self.base = self._replayed()
         with torch.no_grad():
             for p, origin, a, b, move in zip(self.params, theta0, g0, g1, moves, strict=True):
                 p.copy_(origin.double() + ALPHA * q_of(a, b) * move.double())
-        point = [p.detach().clone() for p in self.params]
-        self.last_steps.append(((self.n, 2), point, self._take_step((self.n, 2))))
-        self.n += 1
+        self.last_steps.append(self._take_step())
 
-    def _take_step(self, numbers: tuple[int, ...]) -> list[Tensor]:
-        seed(*numbers)
+    def _take_step(self) -> tuple[tuple[Any, ...], list[Tensor], list[Tensor]]:
+        """What is needed to take it again: generators, point, gradients."""
         for p in self.params:
             p.grad = None
         loss_of(self.params).backward()
-        grads = [p.grad.clone() for p in self.params]
+        taken = generators(), *([t.detach().clone() for t in ts] for ts in (self.params, [p.grad for p in self.params]))
         self.base.step()
-        return grads
+        return taken
 
     def _replayed(self) -> tuple[list[Tensor], Any]:
+        now = generators()
         params, base = built(self.make, self.start, self.saved)
-        for numbers, point, grads in self.last_steps:
-            seed(*numbers)
+        for states, point, grads in self.last_steps:
+            set_generators(states)
             with torch.no_grad():
                 for p, value, grad in zip(params, point, grads, strict=True):
                     p.copy_(value)
                     p.grad = grad.clone()
             base.step()
+        set_generators(now)
         return params, base
 
 
@@ -124,13 +132,11 @@ def copied(saved: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=False)
 
 
-def closure_of(params: list[Tensor], n: int, fail_in_pass: int = 0) -> Callable[[], Tensor]:
-    """Of step `n`: each pass seeds what its base step draws."""
+def take_step(opt: Any, params: list[Tensor], n: int, fail_in_pass: int = 0) -> None:
     calls = 0
 
     def closure() -> Tensor:
         nonlocal calls
-        seed(n, calls)
         calls += 1
         if calls == fail_in_pass:
             raise ZeroDivisionError("a pass that fails")
@@ -138,7 +144,8 @@ def closure_of(params: list[Tensor], n: int, fail_in_pass: int = 0) -> Callable[
         loss.backward()
         return loss
 
-    return closure
+    seed(n)
+    opt.step(closure)
 
 
 # ----------------------------------------------------------------------------------------------------------- the record
@@ -240,7 +247,8 @@ def numbers(found: dict[str, Entry]) -> dict[str, Tensor]:
     figures = {}
     for path, entry in found.items():
         if isinstance(entry.thing, Tensor) and not hasattr(entry.thing, "__tensor_flatten__"):
-            figures[path] = entry.thing.detach().double()
+            if entry.thing.dtype not in (torch.int8, torch.uint8):  # codes, whose next may be as right
+                figures[path] = entry.thing.detach().double()
         elif isinstance(entry.thing, int | float):
             figures[path] = torch.tensor(float(entry.thing), dtype=torch.float64)
     return figures
