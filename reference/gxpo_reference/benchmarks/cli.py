@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 
 from gxpo import STATE_POLICIES
 from gxpo_reference.benchmarks import growth, measure, memory, overhead, stages, steps
+from gxpo_reference.benchmarks.cuda_day import cli as cuda_day
 from gxpo_reference.benchmarks.models import (
     HEADS,
     LENGTH,
     SIZES,
     Problem,
     Shapes,
+    short,
     tensors,
     transformer,
     transformer_shapes,
@@ -40,6 +43,8 @@ that it is compared with; figures are medians and quartiles over the rounds, the
   overhead  what GXPO adds to three plain steps, as a share of them, where gradients cost nothing: on one thread, for
             large tensors, LoRA's, and many small ones
   all       these five
+
+  cuda-day  everything that has to be seen on a GPU, tests and suite included, and one report: cuda-day --help
 """
 
 
@@ -76,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         metavar="N",
         help="of parameters, for growth (default: 1e5 1e6 1e7 1e8); for overhead: the tensors of transformers with so "
-        f"many, out of {', '.join(f'{size:.0e}' for size in SIZES)}, in place of its own table",
+        f"many, out of {', '.join(map(short, SIZES))}, in place of its own table",
     )
     options.add_argument(
         "--optimizer-state",
@@ -103,12 +108,15 @@ def _positive(given: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if list(arguments[:1]) == ["cuda-day"]:
+        sys.exit(cuda_day.main(arguments[1:]))
     options = parser()
     given = options.parse_args(arguments)
     if given.quick:
         given.width, given.layers, given.batch, given.rounds = 16, 1, 1, 2
     if given.what == "overhead" and (unknown := [size for size in given.sizes or () if size not in SIZES]):
-        options.error(f"--sizes of overhead must be out of {', '.join(map(str, SIZES))}, got {unknown[0]}")
+        options.error(f"--sizes of overhead must be out of {', '.join(map(short, SIZES))}, got {unknown[0]}")
     if given.width % HEADS:
         options.error(f"--width must be a multiple of {HEADS}, got {given.width}")
     if given.device.startswith("cuda") and not torch.cuda.is_available():
@@ -129,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sizes = given.sizes or ([1000, 100_000] if given.quick else [10**5, 10**6, 10**7, 10**8])
     shapes: dict[str, Shapes] = overhead.QUICK if given.quick else overhead.SHAPES
     if given.what == "overhead" and given.sizes:
-        shapes = {f"transformer, {size:.0e}": transformer_shapes(*SIZES[size]) for size in given.sizes}
+        shapes = {f"transformer, {short(size)}": transformer_shapes(*SIZES[size]) for size in given.sizes}
 
     def model() -> Problem:
         return transformer(given.width, given.layers, given.batch, device, dtype)

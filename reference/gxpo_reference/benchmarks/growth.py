@@ -13,7 +13,7 @@ from gxpo_reference.benchmarks.contenders import ACTIVE, FALLBACK
 from gxpo_reference.benchmarks.measure import does_not_fit
 from gxpo_reference.benchmarks.models import SIZES, Problem, big_tensors, transformer
 
-NUMBERS_KEPT = 18  # per parameter, at the peak: theta, gradient, AdamW's state thrice, GXPO's four, temporaries, floor
+NUMBERS_KEPT = 16  # per parameter, at the peak: theta, gradient, AdamW's state thrice, GXPO's four, temporaries, floor
 
 
 def problems(sizes: list[int], batch: int, device: str, dtype: torch.dtype) -> Iterator[tuple[str, int, Problem | str]]:

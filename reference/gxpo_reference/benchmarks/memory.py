@@ -56,6 +56,7 @@ def measure(problem: Problem, device: str) -> dict[str, Any]:
     return {
         "problem": str(problem),
         "parameters": problem.size,
+        "parameter_bytes": problem.nbytes,
         "method": "torch.cuda.max_memory_allocated" if device.startswith("cuda") else "every storage made, counted",
         "contenders": figures,
     }

@@ -21,6 +21,11 @@ SIZES = {  # parameters, about: width and layers of a transformer that has so ma
 Shapes = list[tuple[int, ...]]
 
 
+def short(size: int) -> str:
+    """1e8"""
+    return f"{size:.0e}".replace("e+0", "e")
+
+
 @dataclass(frozen=True)
 class Problem:
     """Parameters, and one pass over their one batch."""

@@ -24,6 +24,15 @@ def text(rows: list[tuple[str, ...]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    """The same rows for a page: figures to the right; a short row's free text comes under its second heading."""
+    full = [row for row in rows if len(row) == len(rows[0])]
+    figures = [any(row[n][:1].isdigit() for row in full[1:]) for n in range(len(rows[0]))]
+    padded = [(*row, *[""] * (len(rows[0]) - len(row))) for row in rows]
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in padded]
+    return "\n".join([lines[0], "|" + "".join("---:|" if right else "---|" for right in figures), *lines[1:]])
+
+
 def environment(device: str) -> dict[str, Any]:
     return {
         "gxpo": gxpo.__version__,
