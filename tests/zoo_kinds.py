@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -134,6 +135,7 @@ LOW_BIT = {  # of matrices of 4096 entries on, by blocks of 256
 
 SPECIAL = [
     Kind("torch.optim", "Muon", shapes=MATRICES),
+    Kind("torch.optim", "AdamW numpy rate", {"lr": np.float64(1e-3)}),  # as numpy's interpolation sets it
     Kind("torch.optim", "AdamW tensor rate", {"lr": torch.tensor(1e-3), "foreach": False}),
     Kind("pytorch_optimizer", "AdaGO", given=muon_groups),
     Kind("pytorch_optimizer", "AdaMuon", given=muon_groups),
