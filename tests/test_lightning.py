@@ -22,6 +22,7 @@ lightning = pytest.importorskip("lightning", reason="the package lightning is no
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated"),  # Lightning's, of torch's
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
 ]
 
 SETTINGS = {"max_grad_norm": 1.0, "gate": Gate(window=3, threshold=2.0, patience=1, cooldown=2)}

@@ -23,6 +23,7 @@ def test_cuda_is_the_cpu(options: Options, settings: dict[str, Any]) -> None:
     """If not, what was tested on a CPU says nothing about where people train."""
     here, there = with_biases(), with_biases("cuda")
     gate = Gate(window=5, threshold=2.0, patience=1, cooldown=3)
+    tolerance = 1e-5 if options.get("capturable") else 1e-10  # there torch corrects the bias by float32 counts of steps
     opt = GXPO(torch.optim.AdamW(here, lr=0.01), max_grad_norm=LIMIT, gate=gate, **settings)
     twin = GXPO(torch.optim.AdamW(there, lr=0.01, **options), max_grad_norm=LIMIT, gate=gate, **settings)
     for n, x in enumerate(batches(20)):
@@ -30,7 +31,7 @@ def test_cuda_is_the_cpu(options: Options, settings: dict[str, Any]) -> None:
         step(opt, here, x)
         step(twin, there, x.cuda())
         assert (opt.report.outcome, opt.report.passes) == (twin.report.outcome, twin.report.passes)
-        close(there, here, 1e-10)
+        close(there, here, tolerance)
     assert opt.gate_state.fallback_step is not None
 
 
