@@ -104,6 +104,7 @@ def test_the_snippet_for_accelerate_trains() -> None:
 
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated")
+@pytest.mark.filterwarnings("ignore:GPU available but not used")
 def test_the_snippet_for_lightning_trains(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason="lightning is not installed: pip install -e '.[trainers]'")
     model, loss_fn = small()
