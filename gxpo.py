@@ -27,15 +27,15 @@ its usual range, every later step is the base optimizer's own: one gradient, not
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
-import statistics
+import types
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from copy import deepcopy
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, cast
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 try:
     import torch
@@ -54,7 +54,6 @@ ESTIMATORS = ("gradient", "displacement", "tensor")
 STATE_POLICIES = ("keep", "restore")
 STATISTICS = ("corrective_norm", "initial_norm", "disagreement", "supplied", "never")
 BASELINES = ("window", "ema")
-_SPENT = "_spent_by_gxpo"  # mark of a gradient that a step has used up
 
 
 # ------------------------------------------------------------------------------------------------ the mathematics
@@ -65,14 +64,14 @@ def clip_coefficient(norm: float, max_norm: float | None) -> float:
     return 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
 
 
-def retention_ratio(before: Tensor, after: Tensor, rms: float) -> Tensor:
+def retention_ratio(before: Tensor, after: Tensor, rms: Tensor | float) -> Tensor:
     """r = after / before, coordinatewise, clamped to [-2, 3].
 
     A coordinate takes part only where |before| > 1e-3 `rms`, the root mean square of the whole tensor (EST-02), and
     where the ratio is finite (EST-04). Elsewhere r is 0, for which q is exactly 1: not extrapolated.
     """
-    # hardshrink: 0 where a coordinate takes no part, so that its ratio is not finite. A mask is five times as slow.
-    r = torch.hardshrink(before, 1e-3 * rms)
+    takes_part = before.abs().gt_(1e-3 * rms)  # 1.0 or 0.0: in place, five times as fast as with a mask
+    r = takes_part.mul_(before)
     return torch.div(after, r, out=r).nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0)
 
 
@@ -100,12 +99,8 @@ def _require(ok: bool, name: str, bound: str, value: object) -> None:
         raise ValueError(f"{name} must be {bound}, got {value!r}")
 
 
-def _is_int(value: object, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: object, above: float = -math.inf) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and above < value < math.inf
+def _is_number(value: Any, kind: Any = int | float, least: float = -math.inf, above: float = -math.inf) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool) and least <= value < math.inf and value > above
 
 
 @dataclass(frozen=True)
@@ -121,7 +116,7 @@ class GateState:
     history: tuple[float, ...] = ()  # the latest of them
     mean: float = 1.0  # of the "ema" baseline; it starts from (1, 1)
     variance: float = 1.0
-    reference: float | None = None  # of the level rule: mean of the first full window
+    watched: tuple[str, str] | None = None  # the statistic and the baseline that all this is of
 
 
 @dataclass(frozen=True)
@@ -143,21 +138,18 @@ class Gate:
     warmup: int = 0  # steps that observe nothing
     cooldown: int | None = None  # single passes until the gate opens again; None: permanent
     max_active_steps: int | None = None  # after so many active steps, off for good
-    level: float | None = None  # also close when the last 10 have a median above level x the first window's mean
 
     def __post_init__(self) -> None:
         _require(self.statistic in STATISTICS, "statistic", f"one of {STATISTICS}", self.statistic)
         _require(self.baseline in BASELINES, "baseline", f"one of {BASELINES}", self.baseline)
-        _require(_is_int(self.window, 2), "window", "an int >= 2", self.window)
+        _require(_is_number(self.window, int, least=2), "window", "an int >= 2", self.window)
         _require(_is_number(self.omega, above=0) and self.omega <= 1, "omega", "a number in (0, 1]", self.omega)
         _require(_is_number(self.threshold, above=0), "threshold", "a number > 0", self.threshold)
-        _require(_is_int(self.patience, 1), "patience", "an int >= 1", self.patience)
+        _require(_is_number(self.patience, int, least=1), "patience", "an int >= 1", self.patience)
         _require(isinstance(self.two_sided, bool), "two_sided", "True or False", self.two_sided)
-        _require(_is_int(self.warmup, 0), "warmup", "an int >= 0", self.warmup)
-        for name in ("cooldown", "max_active_steps"):
-            value = getattr(self, name)
-            _require(value is None or _is_int(value, 0), name, "None or an int >= 0", value)
-        _require(self.level is None or _is_number(self.level, above=0), "level", "None or a number > 0", self.level)
+        _require(_is_number(self.warmup, int, least=0), "warmup", "an int >= 0", self.warmup)
+        for name, value in (("cooldown", self.cooldown), ("max_active_steps", self.max_active_steps)):
+            _require(value is None or _is_number(value, int, least=0), name, "None or an int >= 0", value)
 
     def is_open(self, s: GateState) -> bool:
         """Whether the step that comes next is an active one."""
@@ -177,165 +169,26 @@ class Gate:
 
     def after(self, s: GateState, active: bool, h: float | None = None) -> tuple[GateState, float | None, int]:
         """The state after one more step, the score z and the streak with it; `h`: its observation, None without one."""
-        closes, z, streak = False, None, s.streak
+        closes, z, streak, mine = False, None, s.streak, (self.statistic, self.baseline)
         if h is not None and s.step >= self.warmup:
+            if s.seen and s.watched not in (None, mine):  # figures of another kind say nothing about these
+                warnings.warn(f"the gate now watches {mine}, no longer {s.watched}: it starts anew", stacklevel=2)
+                s = GateState(step=s.step, active_steps=s.active_steps, fallback_step=s.fallback_step)
             # An open streak is scored by what scored its first member, or its own values would hide it (GAT-11).
             usual, off = s.pinned or self.usual(s), h - s.mean
             if usual is not None:
                 z = (h - usual[0]) / (usual[1] + 1e-9)
             surprising = z is not None and (abs(z) if self.two_sided else z) >= self.threshold
             streak = s.streak + 1 if surprising else 0
-            history, reference = (*s.history, h)[-max(self.window, 10) :], s.reference
             closes = streak >= self.patience
-            if self.level is not None and reference is not None and len(history) >= 10:
-                closes = closes or statistics.median(history[-10:]) > self.level * reference
-            if reference is None and len(history) >= self.window:
-                reference = math.fsum(history[-self.window :]) / self.window
-            s = dataclasses.replace(
-                s,
-                streak=0 if closes else streak,
-                pinned=usual if surprising and not closes else None,
-                seen=s.seen + 1,
-                history=history,
-                mean=(1 - self.omega) * s.mean + self.omega * h,
-                variance=(1 - self.omega) * s.variance + self.omega * off * off,
-                reference=reference,
-            )
+            s = replace(s, streak=0 if closes else streak, pinned=usual if surprising and not closes else None)
+            s = replace(s, mean=(1 - self.omega) * s.mean + self.omega * h, seen=s.seen + 1, watched=mine)
+            s = replace(s, variance=(1 - self.omega) * s.variance + self.omega * off * off)
+            s = replace(s, history=(*s.history, h)[-self.window :])
         active_steps = s.active_steps + active
         closes = closes or (active and active_steps == self.max_active_steps)
         fallback = s.step if closes else s.fallback_step
-        return dataclasses.replace(s, step=s.step + 1, active_steps=active_steps, fallback_step=fallback), z, streak
-
-
-# ----------------------------------------------------------------------------------------------- tensors, in blocks
-
-
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """At least float32: the type in which ratios, norms and moves are computed."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """The same rows of every tensor, some at a time: temporaries stay small and, on a CPU, in cache. Where one row is
-    larger than a block, the same slices of the longest dimension."""
-    first = tensors[0]
-    block = 2**17 if first.device.type == "cpu" else 2**24
-    if first.dim() == 0 or first.numel() <= block:
-        yield tensors
-    else:
-        dim = 0 if first.numel() <= block * len(first) else first.shape.index(max(first.shape))
-        width = max(1, block * first.shape[dim] // first.numel())
-        yield from zip(*(torch.split(t, width, dim) for t in tensors), strict=True)
-
-
-def _wide_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    for block in _blocks(*tensors):
-        yield tuple(t.to(_wide_dtype(t.dtype)) for t in block)
-
-
-def _sum(blocks: Iterable[Tensor]) -> Tensor:
-    total: Tensor = functools.reduce(torch.add, blocks)
-    return total
-
-
-def _norm(blocks: Iterable[Tensor]) -> Tensor:
-    """2-norm of all blocks together. Block by block, because one float32 sum over 7e7 numbers is 0.4 % off on a CPU."""
-    norms = [torch.linalg.vector_norm(block) for block in blocks]
-    whole: Tensor = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-    return whole
-
-
-# ------------------------------------------------------------------------------------------------- tensors, on ranks
-
-
-def _local(t: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor (DTensor, as FSDP2 makes them); of any other, itself."""
-    to_local: Callable[[], Tensor] = getattr(t, "to_local", lambda: t)
-    return to_local()
-
-
-def _grad(p: Tensor) -> Tensor:
-    """This rank's part of p's gradient; of a parameter that has one."""
-    assert p.grad is not None  # _params_with_grad() saw to it
-    return _local(p.grad)
-
-
-def _shards(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
-    """The groups of ranks whose parts of p make up the whole. Replicas are in none: they would count twice."""
-    split = [n for n, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
-    mesh: Any = getattr(p, "device_mesh", None)
-    return tuple(mesh.get_group(n) for n in split if mesh.size(n) > 1)
-
-
-def _over_shards(values: list[Tensor], params: Iterable[Tensor], power: int = 1) -> list[Tensor]:
-    """From a figure of this rank's part of each parameter that of the whole: their sum, or with power=2 the root of
-    their squares' sum. One all_reduce for each mesh that shards; none where nothing is sharded."""
-    alike: dict[tuple[dist.ProcessGroup, ...], list[int]] = {}
-    for n, p in enumerate(params):
-        alike.setdefault(_shards(p), []).append(n)
-    for groups, at in alike.items():
-        if groups:
-            whole = torch.stack([values[n].double() for n in at]) ** power
-            for group in groups:
-                dist.all_reduce(whole, group=group)
-            for n, value in zip(at, whole ** (1 / power), strict=True):
-                values[n] = value.to(values[n].dtype)
-    return values
-
-
-def _unfit(p: Tensor) -> str | None:
-    """Why GXPO cannot move p; None where it can."""
-    if p.is_complex():
-        return f"GXPO takes real parameters only, got {p.dtype}: use torch.view_as_real"
-    if getattr(p, "_fsdp_flattened", False):
-        return (
-            "these parameters belong to FSDP1 (FullyShardedDataParallel), whose flat shards hide which numbers make up "
-            "a tensor: use fully_shard (FSDP2), whose parameters are DTensors"
-        )
-    if hasattr(p, "ds_id"):
-        return "these parameters belong to DeepSpeed's engine, which gathers and steps them by itself: use FSDP2 or DDP"
-    return None
-
-
-# ------------------------------------------------------------------------------------------- the optimizer's own state
-
-
-_Dict = dict[Any, Any]
-_Saved = list[tuple[_Dict, _Dict]]  # (a live dict, its entries as key -> (value, copy of the value))
-
-
-def _copy_state(opt: torch.optim.Optimizer) -> tuple[_Dict, _Saved]:
-    """All that opt.step() may write besides parameters: its state and what it keeps in its groups."""
-
-    def entries(d: _Dict) -> _Dict:
-        kept = {k: v for k, v in d.items() if k != "params"}
-        return {k: (v, v.clone() if isinstance(v, Tensor) else deepcopy(v)) for k, v in kept.items()}
-
-    dicts = [d for d in opt.state.values() if isinstance(d, dict)]  # one per parameter; some keep a counter beside
-    return dict(opt.state), [(d, entries(d)) for d in (*dicts, *opt.param_groups)]
-
-
-def _restore_state(opt: torch.optim.Optimizer, saved: tuple[_Dict, _Saved]) -> None:
-    """The same tensors with their old values (copies of those inside lists and dicts); entries made since then removed.
-    Never through load_state_dict, which may cast (ATM-02)."""
-    state, dicts = saved
-    for p in opt.state.keys() - state.keys():
-        del opt.state[p]
-    opt.state.update(state)
-    for d, entries in dicts:
-        for k in d.keys() - entries.keys() - {"params"}:
-            del d[k]
-        for k, (value, copy) in entries.items():
-            d[k] = value.copy_(copy) if isinstance(value, Tensor) else deepcopy(copy)
-
-
-def _rng_states(params: list[Tensor]) -> list[tuple[Callable[[Tensor], None], Tensor]]:
-    """(setter, state) of the CPU's random generator and of those of the parameters' devices."""
-    states: list[tuple[Callable[[Tensor], None], Tensor]] = [(torch.set_rng_state, torch.get_rng_state())]
-    for device in {p.device for p in params if p.device.type != "cpu"}:
-        module = getattr(torch, device.type)
-        states.append((functools.partial(module.set_rng_state, device=device), module.get_rng_state(device)))
-    return states
+        return (replace(s, step=s.step + 1, active_steps=active_steps, fallback_step=fallback), z, streak)
 
 
 # ----------------------------------------------------------------------------------------------------- the optimizer
@@ -351,8 +204,10 @@ class Report:
     passes: int  # gradients taken
     loss: float | None  # at theta0; the mean over ranks
     grad_norms: tuple[float, ...]  # |g0|, |g1|, |g~|, before clipping
-    mean_q: float | None  # over all coordinates
+    mean_q: float | None  # over all coordinates of tensors with a g0, as the two shares are
     multiplier: float | None  # 1 + 2 alpha mean_q: a plain step at so many times the learning rate moves about as far
+    taking_part: float | None  # share of coordinates with a ratio other than 0; the others have q = 1
+    at_ceiling: float | None  # share of coordinates whose q is the largest there is, K/2 + 1
     statistic: float | None  # h
     z: float | None
     streak: int  # surprising observations in a row, this one included
@@ -364,38 +219,10 @@ class Report:
 
     def metrics(self, prefix: str = "gxpo/") -> dict[str, float]:
         """A flat dict of floats, as loggers take it."""
-        names = ("passes", "loss", "mean_q", "multiplier", "statistic", "z", "streak", "fallback_step")
-        values = {name: getattr(self, name) for name in names}
+        values = {k: v for k, v in vars(self).items() if k not in ("step", "outcome", "why", "grad_norms")}
         values |= {name: self.outcome == name.replace("_", " ") for name in ("active", "rolled_back", "skipped")}
         values |= zip(("grad_norm_initial", "grad_norm_second", "grad_norm_corrective"), self.grad_norms, strict=False)
         return {prefix + name: float(value) for name, value in values.items() if value is not None}
-
-
-@dataclass
-class _Step:
-    """Scratch of the step in progress."""
-
-    active: bool
-    owned: bool = False  # by passes() or step(closure), which clip the last gradient too; lookahead() leaves it alone
-    ready: bool = False  # every gradient is there, the last optimizer step is not done
-    outcome: str = "single"
-    why: str = ""
-    passes: int = 0
-    norm: float = 0.0  # of the gradient at hand
-    norms: list[float] = field(default_factory=list)
-    loss: float | None = None
-    groups: list[Any] = field(default_factory=list)  # learning rates and parameters, as no pass may change them
-    replay: dict[Tensor, Tensor] | None = None  # check_same_batch: g0 as it was the first time
-    # Tensors from here on are this rank's parts, keyed by the whole parameter.
-    theta0: dict[Tensor, Tensor] = field(default_factory=dict)
-    kept: dict[Tensor, Tensor] = field(default_factory=dict)  # g0 (theta1 for the displacement's estimators), then q
-    g0: dict[Tensor, Tensor] = field(default_factory=dict)  # for the statistic that needs it after q took its place
-    state: tuple[_Dict, _Saved] | None = None  # s0
-    moved: list[Tensor] = field(default_factory=list)  # |u0| of each parameter, for the displacement's estimators
-    sizes: dict[Tensor, float] = field(default_factory=dict)  # |c0 g0| or |u0| of each, read with the figures of a pass
-    sum_q: list[Tensor] = field(default_factory=list)
-    mean_q: float | None = None
-    statistic: float | None = None
 
 
 class GXPO(torch.optim.Optimizer):
@@ -408,21 +235,19 @@ class GXPO(torch.optim.Optimizer):
         gradient said; "tensor", the same as one number per tensor, which keeps the update's direction. (ours)
     optimizer_state: "keep", the corrective step goes on from s2, so the state advances three times a step (paper's
         first); "restore", it starts from s0 and the fast steps leave no trace (paper's later).
-    max_grad_norm: C, clips each gradient by its global norm; None: no clipping. Do not clip in the closure: the gate
-        and the ratio have to see the norm as it was.
+    max_grad_norm: C, clips each gradient by its global norm; None: no clipping. Never clip in the closure.
     gate: when to fall back to single passes; None: never.
     rollback: keep a copy of the optimizer's state through each active step, so that a failed one leaves no trace.
-        False saves that memory with optimizer_state="keep" and gives up just this: parameters still return to theta0,
-        the optimizer's state keeps the fast steps that a failed step had made.
+        False saves that memory with optimizer_state="keep" and gives up just this: parameters still return to theta0.
     replay_rng: give every pass the random numbers of the first, so that dropout masks agree (not under lookahead(),
-        where the first pass is the trainer's). BatchNorm still updates its running statistics in every pass: keep
-        such layers in eval mode.
-    check_same_batch: a debugging aid: take the gradient at theta0 twice, RuntimeError where it comes out different (by
-        over 1 % of its norm), for then the passes do not see the same batch. Costs a fourth pass and a buffer.
-    process_group: the ranks that train together; None: all of them (torch.distributed's default group). Each rank's
-        gradient has to be that of all (DDP, or FSDP2, or tensors sharded as DTensors). The same figures then decide
-        everything on all ranks. Ranks that train apart need a group each.
+        where the first pass is the trainer's); the base's own draws go on. torch's global generators are rewound for
+        it: a thread that draws from them meanwhile (rollouts) gets the same numbers again, unless replay_rng=False.
+    process_group: the ranks that train together; None: all of them. Each rank's gradient has to be that of all (DDP,
+        FSDP2, DTensors). The same figures then decide all on every rank. Ranks that train apart need a group each.
 
+    Step hooks on the base see each of the three inner steps, and the ratio is of the gradients as they leave them: one
+    that edits gradients belongs on the base. Those on the GXPO run once a step: around all of step(closure), or around
+    the last inner step alone in passes() and lookahead().
     Raises ValueError for a value out of bounds, TypeError for a base or parameters that cannot be wrapped.
     """
 
@@ -431,21 +256,6 @@ class GXPO(torch.optim.Optimizer):
     gate_state: GateState
     report: Report  # of the last step; before the first it is None
     process_group: dist.ProcessGroup | None  # not kept by copies and pickles
-
-    _open: _Step | None  # the step in progress
-    _loss: Tensor | float | None  # handed in by observe(), of the pass at hand
-    _supplied: float | None  # likewise, the gate's statistic
-    _left: bool  # a passes() loop was left early
-    _begun: int  # steps begun, which ranks compare
-    _pinned: tuple[float, float]  # the norm before this one, and how often norms stood still
-
-    # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
-    _step_supports_amp_scaling = True
-    FAST_STEPS = 2
-    _SETTINGS = (
-        *("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate"),
-        *("rollback", "replay_rng", "check_same_batch"),
-    )
 
     def __init__(
         self,
@@ -459,218 +269,133 @@ class GXPO(torch.optim.Optimizer):
         gate: Gate | None = Gate(),
         rollback: bool = True,
         replay_rng: bool = True,
-        check_same_batch: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if type(base).__module__.startswith("deepspeed") or type(base).__name__ == "ZeroRedundancyOptimizer":
-            raise TypeError(f"{type(base)} keeps its state on other ranks and steps by itself: use FSDP2 or DDP")
-        if not isinstance(base, torch.optim.Optimizer) or isinstance(base, GXPO | torch.optim.LBFGS):
-            raise TypeError(f"base must be a torch.optim.Optimizer that steps without a closure, got {type(base)}")
-        if not hasattr(base, "_optimizer_state_dict_pre_hooks"):  # accelerate's prepared optimizer, for one
-            raise TypeError(f"{type(base)} only wraps an optimizer: give that one to GXPO, and GXPO to prepare()")
-        for why in filter(None, (_unfit(p) for g in base.param_groups for p in g["params"])):
-            raise TypeError(why)
-        _require(_is_int(horizon, 2), "horizon", "an int >= 2", horizon)
-        _require(_is_number(alpha) and alpha >= 0, "alpha", "a number >= 0", alpha)
-        _require(estimator in ESTIMATORS, "estimator", f"one of {ESTIMATORS}", estimator)
-        _require(optimizer_state in STATE_POLICIES, "optimizer_state", f"one of {STATE_POLICIES}", optimizer_state)
-        clip_ok = max_grad_norm is None or _is_number(max_grad_norm, above=0)
-        _require(clip_ok, "max_grad_norm", "None or a number > 0", max_grad_norm)
-        _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
-        switches = {"rollback": rollback, "replay_rng": replay_rng, "check_same_batch": check_same_batch}
-        for name, value in switches.items():
-            _require(isinstance(value, bool), name, "True or False", value)
-        self.base, self.gate_state, self.report = base, GateState(), cast("Report", None)
         self.horizon, self.alpha, self.estimator, self.optimizer_state = horizon, alpha, estimator, optimizer_state
-        self.max_grad_norm, self.gate = max_grad_norm, gate or Gate("never")
-        self.rollback, self.replay_rng, self.check_same_batch = rollback, replay_rng, check_same_batch
+        self.max_grad_norm, self.rollback, self.replay_rng = max_grad_norm, rollback, replay_rng
+        _check_arguments(self, base, gate)
+        self.base, self.gate = base, gate or Gate("never")
+        self.gate_state, self.report = GateState(), cast("Report", None)
         self.__setstate__({})
         self.process_group = process_group
 
-    # -- the step
+    # -- the step, a coroutine: `yield True` waits for a gradient where the parameters are, `yield False` for the end
 
+    def _outer_step(self, owned: bool) -> Generator[bool, None, None]:
+        """One outer step, whatever comes of it: active, single, rolled back to a single pass, or skipped."""
+        step, active = _Step(self, owned), self.active
+        try:
+            if owned:
+                self._empty_grad(step)
+            g = yield from self._gradient(step)  # g0
+            if active and g.finite and g.norm > 0:
+                step.outcome = "active"
+                g = yield from self._active_step(step, g)  # theta0, g0 -> theta~, g~
+                if not g.finite:  # NUM-03: a single pass from theta0 and s0
+                    step.outcome = "rolled back"
+                    self._put_back(step)
+                    g = yield from self._gradient(step)
+            elif active and g.finite:
+                step.why = "zero gradient"  # NUM-01: nothing to extrapolate from, nothing for the gate to see
+            if not g.finite:
+                step.outcome = "skipped"  # NUM-02
+            yield False
+            self._last_step(step, g)
+        except GeneratorExit:  # dropped, not aborted: whoever has the parameters now keeps them
+            raise
+        except BaseException:
+            if self.gate_state.step == step.number:  # not counted yet
+                self._put_back(step)
+            step.rows, step.state = [], None  # or a traceback would keep them
+            raise
+
+    def _active_step(self, step: _Step, g: _Gradient) -> Generator[bool, None, _Gradient]:
+        """THE METHOD, in the order of the module's docstring: from theta0 with g0 in .grad to theta~ with g~ in .grad.
+        Returns the figures of g~, or of the first gradient that is not finite."""
+        self._keep(step)  # theta0, s0
+        self._fast_step(step, g, self._look_at_first)  # theta1, s1 = U(theta0, s0, c0 g0); g0 is kept
+        g = yield from self._gradient(step)  # g1
+        if not g.finite:
+            return g
+        self._fast_step(step, g, self._look_at_second)  # theta2, s2 = U(theta1, s1, c1 g1); r, and q in g0's place
+        self._move(step)  # theta~ = theta0 + alpha q (theta2 - theta0)
+        if self.optimizer_state == "restore" and step.state is not None:
+            step.state.put_back()  # OPT-05: the fast steps leave no trace in it
+        return (yield from self._gradient(step))  # g~
+
+    def _fast_step(self, step: _Step, g: _Gradient, look: Callable[[_Step], None]) -> None:
+        """One of the two steps that show how the gradient changes. `look` takes down what the estimator reads: the
+        gradient that the base is about to use, or where the step has led."""
+        self._clip(g)
+        if self.estimator == "gradient":
+            _step_with_a_look(self.base, lambda: look(step))
+        else:
+            self.base.step()
+            look(step)
+        self._empty_grad(step)
+
+    def _gradient(self, step: _Step) -> Generator[bool, None, _Gradient]:
+        """Wait for the gradient where the parameters now are; then its figures, the same on every rank."""
+        step.groups = self._groups() if step.passes else None  # as the last pass left them: a base may adapt its rate
+        yield True
+        g, loss = self._read(step)
+        if step.outcome != "rolled back":  # there this pass repeats the first
+            step.norms.append(g.norm)
+            step.loss = step.loss if step.passes else loss
+        step.passes += 1
+        if not g.finite:
+            why = f"non-finite {'loss' if math.isfinite(g.norm) else 'gradient'} in pass {step.passes}"
+            step.why = f"{step.why}, then {why}" if step.outcome == "rolled back" else why
+        return g
+
+    def _last_step(self, step: _Step, g: _Gradient) -> None:
+        """The step that stays: theta', s' = U(theta~, s2 or s0, c~ g~), or the single pass's. The gate observes h."""
+        observed = {
+            "corrective_norm": g.norm,  # before clipping: after it the norm saturates at C and says nothing (CLP-03)
+            "initial_norm": step.norms[0],
+            "disagreement": 1 - abs(step.cosine),
+            "supplied": self._supplied,
+            "never": None,
+        }
+        h = observed[self.gate.statistic] if step.outcome == "active" else None
+        gate_state, z, streak = self.gate.after(self.gate_state, step.outcome == "active", h)
+        if g.finite:
+            if step.owned:
+                self._clip(g)
+            self.base.step()
+        self._mark_as_spent(step)
+        report = self._report(step, gate_state, h, z, streak)
+        self.report, self.gate_state = report, gate_state  # counted: nothing of a failed step gets here (ATM-03)
+
+    @torch._compile._disable_dynamo
     @torch.no_grad()
     def lookahead(self) -> bool:
         """Take in the gradient of the pass just done (in .grad) and do everything but the last optimizer step.
 
         True: parameters have moved and .grad is empty; run forward and backward again, on the same batch, and call
         this again. False: .grad holds the last gradient, UNCLIPPED; clip it if you like and call step() without a
-        closure. If anything fails in between, call abort(). step(closure) and passes() are built on this.
-
-        Raises RuntimeError where no parameter has a gradient, TypeError for sparse ones. Both end the step: parameters
-        and optimizer state are as before it, .grad is empty.
+        closure. If anything fails in between, call abort(). Raises RuntimeError where no parameter has a gradient,
+        TypeError for sparse ones; parameters and optimizer state are then as before the step, .grad is empty.
         """
-        step = self._open or self._begin()
-        if step.ready:
+        if self._stepping and self._ready:
             raise RuntimeError("lookahead() has returned False: call step() now, or abort()")
-        try:
-            more = self._lookahead(step)
-            step.groups = self._groups()  # as this pass left them: some optimizers adapt their learning rate
-            torch.clear_autocast_cache()  # or, inside one autocast block, theta0's casts would answer for theta1
-            return more
-        except BaseException:
-            self.abort()
-            raise
+        if not self._stepping:
+            self._begin(self._outer_step(owned=False), owned=False)
+        return self._go_on()
 
-    def _lookahead(self, step: _Step) -> bool:
-        params, norm, loss, cosine = self._read(step)
-        if self.check_same_batch and step.active and not step.passes and not self._seen_twice(step, params, norm):
-            return True
-        step.passes, step.norm = step.passes + 1, norm
-        first, fast = step.passes == 1, step.passes <= self.FAST_STEPS
-        if step.outcome != "rolled back":  # there this pass repeats the first
-            step.norms.append(norm)
-            step.loss = loss if first else step.loss
-
-        if not (math.isfinite(norm) and math.isfinite(loss or 0.0)):
-            return self._failed(step, "loss" if math.isfinite(norm) else "gradient")
-        if step.active and first and norm == 0:  # NUM-01: nothing to extrapolate from, nothing for the gate to see
-            step.active, step.why = False, "zero gradient"
-        if not step.active:
-            step.ready = True
-            return False
-
-        step.theta0 |= {p: _local(p).detach().clone() for p in params if p not in step.theta0}
-        if fast:
-            if first and (self.rollback or self.optimizer_state == "restore"):
-                step.state = _copy_state(self.base)
-            if first and self.gate.statistic == "disagreement":
-                step.g0 = {p: _grad(p).clone() for p in params}
-            self._clip(params, norm)
-            self._fast_step(step, params)
-            if step.passes == self.FAST_STEPS:
-                self._move(step)
-                if self.optimizer_state == "restore" and step.state is not None:
-                    _restore_state(self.base, step.state)  # OPT-05: the fast steps leave no trace in it
-            self.zero_grad()
-        else:
-            step.outcome, step.ready = "active", True
-            step.statistic = {
-                "corrective_norm": norm,  # before clipping: after it the norm saturates at C and says nothing (CLP-03)
-                "initial_norm": step.norms[0],
-                "disagreement": 1 - abs(cosine),
-                "supplied": self._supplied,
-                "never": None,
-            }[self.gate.statistic]
-        return fast
-
-    def _failed(self, step: _Step, what: str) -> bool:
-        """A non-finite first pass skips the step (NUM-02); a later one starts it over as a single pass (NUM-03)."""
-        why = f"non-finite {what} in pass {step.passes}"
-        step.why = f"{step.why}, then {why}" if step.outcome == "rolled back" else why
-        again = step.active and step.passes > 1
-        if again:
-            self._rewind(step)
-        step.active, step.ready, step.outcome = False, not again, "rolled back" if again else "skipped"
-        return again
-
-    def _fast_step(self, step: _Step, params: list[Tensor]) -> None:
-        """One of the two optimizer steps that show how the gradient changes. Keeps g0 after the first (theta1 for the
-        estimators that watch displacements), and turns it into q with the second."""
-        first, by_gradient = step.passes == 1, self.estimator == "gradient"
-        if by_gradient and first:
-            step.kept = {p: _grad(p).clone() for p in params}
-        elif by_gradient:  # now, while the optimizer has not touched .grad
-            step.kept = {p: g0 for p, g0 in step.kept.items() if p.grad is not None}
-            step.sum_q = self._scale_(step, {p: (g0, _grad(p)) for p, g0 in step.kept.items()})
-        self.base.step()
-        if not by_gradient and first:
-            step.kept = {p: _local(p).detach().clone() for p in params}
-            moves = [_norm(b - a for a, b in _wide_blocks(step.theta0[p], theta1)) for p, theta1 in step.kept.items()]
-            step.moved = _over_shards(moves, params, power=2)
-        elif not by_gradient:
-            points = {p: (step.theta0[p], theta1, _local(p).detach()) for p, theta1 in step.kept.items()}
-            step.sum_q = self._scale_(step, points)
-
-    def _scale_(self, step: _Step, observed: Mapping[Tensor, tuple[Tensor, ...]]) -> list[Tensor]:
-        """Turn what is kept into q, from (g0, g1) or (theta0, theta1, theta2). Returns each parameter's sum of q."""
-
-        def changes(p: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-            for block in _wide_blocks(*observed[p]):
-                yield block if len(block) == 2 else (block[1] - block[0], block[2] - block[1])  # u0, u1
-
-        if self.estimator == "tensor":  # EST-12: <u0, u1> / <u0, u0>, by unit vectors because |u0|^2 may underflow
-            sizes = [(p, step.sizes[p]) for p in step.kept]
-            dots = [_sum(((u0 / size) * (u1 / size)).sum() for u0, u1 in changes(p)) for p, size in sizes]
-            for q, r in zip(step.kept.values(), _over_shards(dots, step.kept), strict=True):
-                q.copy_(extrapolation_scale(r.nan_to_num_(0.0, 0.0, 0.0).clamp_(-2.0, 3.0), self.horizon))
-        else:
-            for p, out in step.kept.items():
-                rms = step.sizes[p] / math.sqrt(max(1, p.numel()))  # of the whole tensor, sharded or not (EST-02)
-                for (q,), (before, after) in zip(_blocks(out), changes(p), strict=True):
-                    q.copy_(extrapolation_scale(retention_ratio(before, after, rms), self.horizon))
-        return [q.sum(dtype=_wide_dtype(q.dtype)) for q in step.kept.values()]
-
-    def _move(self, step: _Step) -> None:
-        """theta~ = theta0 + alpha q (theta2 - theta0); q = 1 for a parameter without two gradients to compare."""
-        for p, theta0 in step.theta0.items():
-            q = [step.kept[p]] if p in step.kept else []
-            tensors = (_local(p).detach(), theta0, *q)
-            for (x, *_), (theta2, origin, *scale) in zip(_blocks(*tensors), _wide_blocks(*tensors), strict=True):
-                scale = scale or [theta2.new_ones(())]
-                x.copy_(torch.addcmul(origin, theta2 - origin, *scale, value=self.alpha))
-
-    @torch.no_grad()
-    def _last_step(self) -> None:
-        step = self._open
-        if step is None or not step.ready:
-            raise RuntimeError(
-                "step() needs a closure that runs forward and backward and returns the loss; without one it only ends "
-                "a lookahead() that has returned False, and passes() calls it by itself"
-            )
-        try:
-            active = step.outcome == "active"
-            gate_state, z, streak = self.gate.after(self.gate_state, active, step.statistic)
-            if step.outcome != "skipped":
-                if step.owned:
-                    self._clip(self._params_with_grad(), step.norm)
-                self.base.step()
-            closed = not self.gate.is_open(gate_state)
-            report = Report(
-                step=self.gate_state.step,
-                outcome=step.outcome,
-                why=step.why or ("the gate closes" if active and closed else ""),
-                passes=step.passes + (step.replay is not None),
-                loss=step.loss,
-                grad_norms=tuple(step.norms),
-                mean_q=step.mean_q,
-                multiplier=None if step.mean_q is None else 1 + 2 * self.alpha * step.mean_q,
-                statistic=step.statistic,
-                z=z,
-                streak=streak,
-                fallback_step=gate_state.fallback_step if closed else None,
-            )
-        except BaseException:
-            self.abort()
-            raise
-        self.gate_state, self.report = gate_state, report  # nothing of a failed step reaches the gate (ATM-03)
-        for grad in self._grads() if step.owned else ():
-            setattr(grad, _SPENT, True)
-        self._close()
-
-    # -- the two wrappers
-
+    @torch._compile._disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One outer step. `closure` runs forward and backward of the whole batch, all micro-batches, and returns the
-        loss; it is called three times while active, once after fallback. Returns the loss at theta0.
-
-        Without a closure: the last optimizer step after a lookahead() that has returned False.
-
-        Raises TypeError where the closure returns None, RuntimeError for no gradients, an enabled GradScaler or a call
-        inside passes(). These, and whatever the closure raises, leave parameters and optimizer state as they were
-        (under FSDP2, see abort()).
+        loss; it is called three times while active, once after fallback. Returns the loss at theta0. Without a closure:
+        the last optimizer step after a lookahead() that has returned False. Raises TypeError where the closure
+        returns None, RuntimeError for no gradients, an enabled GradScaler or a call inside passes(). These, and what
+        the closure raises, leave parameters and optimizer state as they were.
         """
-        if hasattr(self, "found_inf"):
-            for mark in ("found_inf", "grad_scale"):
-                delattr(self, mark)
-            raise RuntimeError(
-                "GXPO cannot run under an enabled GradScaler, which would hide skipped inner steps: use bfloat16, or "
-                "GradScaler(enabled=False)"
-            )
+        _refuse_grad_scaler(self)
         if closure is None:
-            return self._last_step()
+            return self._finish()
         first = None
-        with contextlib.closing(self._passes(self._last_step)) as passes:
+        with contextlib.closing(self._passes(self._finish)) as passes:
             for n in passes:
                 with torch.enable_grad():
                     loss = closure()
@@ -683,34 +408,67 @@ class GXPO(torch.optim.Optimizer):
     def passes(self) -> Iterator[int]:
         """One outer step as a loop: `for _ in opt.passes(): loss_fn(batch).backward()`. Yields the pass's number.
 
-        Runs three times while active, once after fallback. A non-finite pass 2 or 3 is followed by one more turn, which
-        ends the step from theta0; check_same_batch numbers two turns 0. Leaving it early (break, return, an exception
-        that you catch) puts everything back; so that a forgotten break cannot pass for training, the next step then
-        raises RuntimeError once, unless abort() was called.
+        Three turns while active, one after fallback; after a non-finite pass 2 or 3 one more, which ends the step from
+        theta0. Leaving it early (break, return, an exception that you catch) puts everything back, and the next step
+        raises RuntimeError once, unless abort() was called, so that a forgotten break cannot pass for training.
         """
         yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
 
     def _passes(self, last: Callable[[], Any]) -> Generator[int, None, None]:
-        step = self._begin(owned=True)
+        run, more, n = self._outer_step(owned=True), True, 0
         try:
-            rng = _rng_states(self._params()) if self.replay_rng else []
-            while True:
-                self.zero_grad()
-                yield step.passes
-                if self._open is not step:
+            self._begin(run, owned=True)
+            numbers = _RandomNumbers(self._params() if self.replay_rng else None)
+            first = own = numbers.now()  # two streams: each pass draws the same, what the base draws itself goes on
+            while more:
+                yield n
+                if self._run is not run or not self._stepping:
                     raise RuntimeError("abort() was called inside the loop: leave it")
-                if not self.lookahead():
-                    break
-                for setter, state in rng:
-                    setter(state)
+                numbers.go_to(own if n > 0 else numbers.now())
+                more, n = self.lookahead(), n + 1
+                own = numbers.now()
+                numbers.go_to(first if more else own)
             last()
         except BaseException as error:
-            if self._open is step:
+            if self._run is run and self._stepping:
                 self.abort()
-                self._left = isinstance(error, GeneratorExit) and last != self._last_step  # passes(), left by a break
+                self._left = isinstance(error, GeneratorExit) and last != self._finish  # passes(), left by a break
             raise
 
-    # -- what goes with it
+    @torch.no_grad()
+    def abort(self) -> None:
+        """Drop the step in progress: parameters and optimizer state are as before it. Harmless where there is none.
+        RuntimeError where something could not be put back; the step is over all the same. Under FSDP2 an exception that
+        is caught may leave modules gathered, at the point that was dropped: call reshard() on every FSDPModule."""
+        run, self._run, self._left = self._run, None, False
+        self._forget()
+        if run is not None and run.gi_frame is not None:
+            with contextlib.suppress(_Aborted):
+                run.throw(_Aborted())
+
+    # ================================================================================================================
+    # From here on plumbing: you need not read it to know the method. The rest of the class (rows of tensors, figures
+    # and ranks, being a torch.optim.Optimizer); then tensors, the snapshot, what users get wrong, the self-check.
+    # ================================================================================================================
+
+    _SETTINGS = (
+        *("horizon", "alpha", "estimator", "optimizer_state", "max_grad_norm", "gate", "rollback", "replay_rng"),
+    )
+    _run: Any  # the coroutine of the step in progress, or of the last one
+    _ready: bool  # it waits for the word to end
+    _left: bool  # a passes() loop was left early
+    _begun: int  # steps, which ranks compare
+    _tried: bool  # the base has been seen to step from the parameters as they are
+    _standing: tuple[float, float]  # the norm before this one, and how often norms stood at a round number
+    _loss: Tensor | float | None  # handed in by observe(), of the pass at hand
+    _supplied: float | None  # likewise, the gate's statistic
+    # An enabled GradScaler announces itself only to optimizers with this flag; step() then refuses it.
+    _step_supports_amp_scaling = True
+
+    @property
+    def active(self) -> bool:
+        """Whether the next step is an active one (three passes) or a single pass."""
+        return self.gate.is_open(self.gate_state)
 
     def observe(self, *, loss: Tensor | float | None = None, statistic: Tensor | float | None = None) -> None:
         """Hand in what gradients do not show. `loss`: of the pass being made; a non-finite one fails the pass.
@@ -726,82 +484,153 @@ class GXPO(torch.optim.Optimizer):
             _require(math.isfinite(value), "statistic", "a finite number", value)
             self._supplied = value
 
-    @torch.no_grad()
-    def abort(self) -> None:
-        """Drop the step in progress: parameters and optimizer state are as before it. Harmless where there is none.
-
-        Under FSDP2 an exception that is caught may leave modules gathered, at the point that was dropped: call
-        module.reshard() on every FSDPModule before the model is used again.
-        """
-        if self._open is not None:
-            self._rewind(self._open)
-        self._close()
-        self._left = False
-
     @property
-    def active(self) -> bool:
-        """Whether the next step is an active one (three passes) or a single pass."""
-        return self.gate.is_open(self.gate_state)
+    def _stepping(self) -> bool:
+        return self._run is not None and self._run.gi_frame is not None
 
-    def _begin(self, owned: bool = False) -> _Step:
-        if "base" not in self.__dict__:
-            raise RuntimeError(
-                "this wrapper only looks like a GXPO (Lightning's self.optimizers()): call passes() and lookahead() on "
-                "the GXPO itself, self.optimizers().optimizer"
-            )
-        if self._left:
-            self._left = False
-            raise RuntimeError(
-                "the last passes() loop was left before its end, and everything was put back: let it run out (no break "
-                "or return in it); if it was meant, or you caught an exception, call abort() first"
-            )
-        self._require_idle("another step")
-        unknown = [grad for grad in self._grads() if owned and not hasattr(grad, _SPENT)]
-        if any(hasattr(grad, "to_local") or grad.count_nonzero() for grad in unknown):  # zeros made beforehand are none
-            raise RuntimeError(
-                "there are gradients that no pass has made, and this step would lose them: every micro-batch belongs "
-                "into every pass (with Lightning, accumulate_grad_batches=1). If they are old ones, zero_grad() first"
-            )
-        closed_at = self.gate_state.fallback_step
-        why = "" if self.active else "gate closed" if closed_at is None else f"gate closed at step {closed_at}"
-        self._begun += 1
-        self._open = _Step(self.active, owned, why=why)
-        return self._open
+    def _begin(self, run: Generator[bool, None, None], owned: bool) -> None:
+        """Make `run` the step in progress, as far as its wait for the first gradient."""
+        _refuse_to_begin(self, owned)
+        self._begun, self._ready, self._run = self._begun + 1, False, run
+        with torch.no_grad():
+            next(run)
 
-    def _close(self) -> None:
-        self._open = self._loss = self._supplied = None
+    def _go_on(self) -> bool:
+        """On to the next `yield`. Whether it asks for one more gradient."""
+        try:
+            more = next(self._run, None)
+            self._ready = more is False
+            torch.clear_autocast_cache()  # or, inside one autocast block, theta0's casts would answer for theta1
+            if more is None:
+                self._forget()
+            return bool(more)
+        except BaseException:
+            self.abort()
+            raise
+
+    @torch.no_grad()
+    def _finish(self) -> None:
+        """The last optimizer step, once lookahead() has returned False."""
+        if self._stepping and self._ready:
+            self._go_on()
+        elif not self._stepping and _is_a_checkpoint_tool(self):
+            self.base.step()  # makes the state that a checkpoint is about to fill
+        else:
+            raise RuntimeError(
+                "step() needs a closure that runs forward and backward and returns the loss; without one it only ends "
+                "a lookahead() that has returned False, and passes() calls it by itself"
+            )
+
+    def _forget(self) -> None:
+        self._loss = self._supplied = None
         torch.clear_autocast_cache()
 
-    def _rewind(self, step: _Step) -> None:
-        """theta0, and s0 where it was copied; copy_ keeps the tensors that others hold."""
-        for p, theta0 in step.theta0.items():
-            _local(p).detach().copy_(theta0)
+    def _keep(self, step: _Step) -> None:
+        """theta0; s0 where it may be wanted again; g0 as well where the gate compares it with g~."""
+        for rows in step.rows:
+            rows.theta0 = rows.copy(rows.parts())
+            rows.g0 = rows.copy(rows.grads()) if self.gate.statistic == "disagreement" else None
+        if self.rollback or self.optimizer_state == "restore":
+            step.state = _Snapshot(self.base, self._params())
+        if not self._tried and (step.state or not self.base.state):  # else the trial would leave a trace
+            _refuse_own_weights(self, step)
+        self._tried = True
+
+    def _look_at_first(self, step: _Step) -> None:
+        """Keep g0, or theta1 for the estimators that watch displacements, and the size of g0, or of u0 = theta1 -
+        theta0, in each tensor: a coordinate below 1e-3 of it takes no part (EST-02, EST-03)."""
+        seen, by_gradient = [rows for rows in step.rows if rows.has_grad()], self.estimator == "gradient"
+        known = by_gradient and not _pre_hooks(self.base)  # else hooks may have changed what was read
+        for rows in seen:
+            rows.kept = rows.copy(rows.grads() if by_gradient else rows.parts())
+            if known:
+                rows.size = clip_coefficient(step.norms[0], self.max_grad_norm) * rows.norm
+            elif by_gradient:
+                rows.size = rows.norms(g0 for (g0,) in rows.wide(rows.kept))
+            else:
+                rows.size = rows.norms(theta1 - theta0 for theta0, theta1 in rows.wide(rows.theta0, rows.kept))
+        if not known:
+            _over_shards(seen, "size", power=2)
+
+    def _look_at_second(self, step: _Step) -> None:
+        """q = S_K(r) / S_2(r), in place of what was kept."""
+        kept = [rows for rows in step.rows if rows.kept is not None]
+        if self.estimator == "tensor":  # EST-12: <u0, u1> / <u0, u0>, by unit vectors because |u0|^2 may underflow
+            for rows in kept:
+                size = rows.size.view(-1, 1)
+                rows.size = _sum(((u0 / size) * (u1 / size)).sum(1) for u0, u1 in self._changes(rows))
+            _over_shards(kept, "size")
+        for rows in kept:
+            figure, sums = rows.size.view(-1, 1), []
+            for (out,), (before, after) in zip(rows.blocks(rows.kept), self._changes(rows), strict=True):
+                if self.estimator == "tensor":
+                    r = figure.nan_to_num(0.0, 0.0, 0.0).clamp_(-2.0, 3.0).expand_as(before).clone()
+                else:
+                    r = retention_ratio(before, after, figure / math.sqrt(max(1, rows.numel)))
+                q = extrapolation_scale(r, self.horizon)
+                out.copy_(q)
+                sums.append(torch.stack((q.sum(), r.ne_(0.0).sum(), q.ge_(self.horizon / 2 + 1).sum())))
+            rows.tally = _sum(sums)
+        _over_shards(kept, "tally")
+
+    def _changes(self, rows: _Rows) -> Iterator[tuple[Tensor, ...]]:
+        """What r compares, block by block: (g0, g1), or (u0, u1) = (theta1 - theta0, theta2 - theta1)."""
+        if self.estimator == "gradient":
+            yield from rows.wide(rows.kept, rows.gather(rows.grads()))
+        else:
+            for theta0, theta1, theta2 in rows.wide(rows.theta0, rows.kept, rows.gather(rows.parts())):
+                yield theta1 - theta0, theta2 - theta1
+
+    def _move(self, step: _Step) -> None:
+        """theta~ = theta0 + alpha q (theta2 - theta0); q = 1 for a parameter without a g0."""
+        tied = {rows: rows.copy(rows.parts()) for rows in step.rows if rows.tied}  # before the first of them moves
+        for rows in step.rows:
+            theta2 = tied[rows] if rows.tied else rows.gather(rows.parts())
+            tensors = [t for t in (theta2, rows.theta0, rows.kept) if t is not None]
+            for (x,), (end, origin, *q) in zip(rows.blocks(theta2), rows.wide(*tensors), strict=True):
+                x.copy_(torch.addcmul(origin, end - origin, *(q or [end.new_ones(())]), value=self.alpha))
+            rows.write(theta2)
+        step.moved = True
+
+    def _clip(self, g: _Gradient) -> None:
+        c = clip_coefficient(g.norm, self.max_grad_norm)
+        if c < 1:
+            torch._foreach_mul_([_local(grad) for grad in self._grads()], c)
+
+    def _mark_as_spent(self, step: _Step) -> None:
+        for grad in self._grads() if step.owned else ():
+            setattr(grad, _SPENT, (id(grad), _local(grad)._version))
+
+    def _empty_grad(self, step: _Step) -> None:
+        """zero_grad(), but for gradients in a buffer that is somebody's: those stay, zeroed."""
+        self.base.zero_grad()
+        for p, grad in step.buffers:
+            p.grad = grad.zero_()
+
+    def _put_back(self, step: _Step) -> None:
+        """theta0 and s0, in place; each part on its own, so that one that cannot go back keeps no other from it."""
+        parts: list[Callable[[], object]] = [part for rows in step.rows for part in rows.ways_back()]
         if step.state is not None:
-            _restore_state(self.base, step.state)
-        self.zero_grad()
+            parts.append(functools.partial(step.state.put_back, failed=True))
+        parts.append(functools.partial(self._empty_grad, step))
+        problems: list[Exception] = []
+        for part in parts:
+            try:
+                part()
+            except Exception as error:
+                problems.append(error)
+        if problems:
+            raise RuntimeError(
+                "the step could not be undone, so that parameters or the optimizer's state may be those of the middle "
+                f"of a step: load a checkpoint. The reason: {problems[0]!r}"
+            ) from problems[0]
 
     def _params(self) -> list[Tensor]:
         """Every parameter once, whichever groups name it."""
-        return list(dict.fromkeys(p for g in self.param_groups for p in g["params"]))
+        return list({id(p): p for g in self.param_groups for p in g["params"]}.values())
 
     def _grads(self) -> list[Tensor]:
         return [p.grad for p in self._params() if p.grad is not None]
-
-    def _params_with_grad(self) -> list[Tensor]:
-        params = [p for p in self._params() if p.grad is not None]
-        if not params:
-            raise RuntimeError("no parameter has a gradient: was backward() called, on a loss that depends on them?")
-        for p in params:
-            grad = _grad(p)
-            if grad.layout != torch.strided or grad.is_complex():
-                kind = f"{grad.layout} {grad.dtype}"
-                raise TypeError(f"GXPO takes dense real gradients only, got {kind} for a parameter of {tuple(p.shape)}")
-            layouts = [getattr(t, "placements", None) for t in (p, p.grad)]
-            if layouts[0] != layouts[1]:
-                raise TypeError(f"a gradient must be sharded as its parameter is, got {layouts[1]} for {layouts[0]}")
-            if why := _unfit(p):
-                raise TypeError(why)
-        return params
 
     def _groups(self) -> list[Any]:
         """Each group's learning rate (None for one on a device, which reading would wait for) and parameters."""
@@ -809,148 +638,89 @@ class GXPO(torch.optim.Optimizer):
         rates = [None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr or 0) for lr in rates]
         return [(lr, [id(p) for p in g["params"]]) for lr, g in zip(rates, self.param_groups, strict=True)]
 
-    def _checked(self, step: _Step) -> list[Tensor]:
-        """The parameters with a gradient. Raises for a pass that cannot be used."""
-        step.groups = step.groups or self._groups()
-        if step.groups != self._groups():
-            raise RuntimeError(
-                "a learning rate or the set of parameters changed between the passes of one step: call schedulers, "
-                "add_param_group() and the like after the step, not in the closure"
-            )
-        if step.active and not step.passes and self.gate.statistic == "supplied" and self._supplied is None:
-            raise RuntimeError("the gate's statistic is supplied: call observe(statistic=...) in the first pass")
-        return self._params_with_grad()
+    # -- figures, the same on every rank
 
-    def _read(self, step: _Step) -> tuple[list[Tensor], float, float | None, float]:
-        """The parameters with a gradient, |g|, the loss, and cos(g0, g) where it is wanted: the same on every rank."""
-        params, problem = [], None
+    def _read(self, step: _Step) -> tuple[_Gradient, float | None]:
+        """The figures of the gradient in .grad, and the loss. Raises for a pass that cannot be used."""
+        problem = None
         try:
-            params = self._checked(step)
+            step.groups = step.groups or self._groups()
+            _check_pass(self, step)
+            step.rows = step.rows or _in_rows([p for p in self._params() if p.requires_grad or p.grad is not None])
         except (RuntimeError, TypeError) as error:
             problem = error
-        rows = self._everyone([problem is not None, self._begun, step.passes])
+        ranks = self._everyone([problem is not None, self._begun, step.passes])
         if problem is not None:
             raise problem
-        for rank, (failed, *_) in enumerate(rows):
-            if failed:
-                raise RuntimeError(
-                    f"rank {rank} cannot use its gradient, as its own error says: no rank makes this step"
-                )
-        if any(row != rows[0] for row in rows):
-            self._begun = max(int(begun) for _, begun, _ in rows)
-            raise RuntimeError(
-                "the ranks are not in the same pass of the same step: an exception was caught on one of them, say. All "
-                "are back where their steps began; let an exception end the step on every rank"
-            )
-
-        norm, loss, cosine = self._figures(step, params)
-        rows = self._everyone([norm, cosine, loss is not None, loss or 0.0, self._supplied or 0.0])
-        norms, cosines, told, losses, supplied = zip(*rows, strict=True)
-        finite = all(map(math.isfinite, norms))
-        if finite and max(norms) > 1.001 * min(norms):
-            raise RuntimeError(
-                f"the norm of the gradient differs between ranks, {min(norms):g} to {max(norms):g}: it has to be the "
-                "gradient of all ranks' data (DDP, FSDP2; no no_sync() around the last micro-batch; not a pipeline's "
-                "stages), of tensors that are whole or DTensors. Ranks that train apart need a process_group each"
-            )
-        norm = norms[0] if finite else math.nan
+        _refuse_ranks_apart(self, ranks)
+        norm, loss = self._figures(step)
+        ranks = self._everyone([norm, step.cosine, loss is not None, loss or 0.0, self._supplied or 0.0])
+        norms, cosines, told, losses, supplied = zip(*ranks, strict=True)
+        norm = norms[0] if all(map(math.isfinite, norms)) else math.nan
+        _refuse_gradients_apart(norms)
+        step.cosine = cosines[0]
         loss = sum(losses) / sum(told) if any(told) else None
         self._supplied = None if self._supplied is None else sum(supplied) / len(supplied)
-        self._watch(norm)
-        return params, norm, loss, cosines[0]
+        self._standing = _warn_of_clipping(norm, *self._standing)
+        return _Gradient(norm, math.isfinite(norm) and math.isfinite(loss or 0.0)), loss
 
     def _everyone(self, mine: list[float]) -> list[list[float]]:
         """A row of figures from each of the ranks that train together; without torch.distributed, just this one."""
         ranks = dist.get_world_size(self.process_group) if dist.is_available() and dist.is_initialized() else 1
         if ranks < 2:
             return [mine]
-        device = self._params()[0].device
-        rows = torch.zeros(ranks, len(mine), dtype=torch.float64, device=device)
+        rows = torch.zeros(ranks, len(mine), dtype=torch.float64, device=self._params()[0].device)
         rows[dist.get_rank(self.process_group)] = torch.tensor(mine, dtype=torch.float64)
         dist.all_reduce(rows, group=self.process_group)
-        return rows.tolist()  # HOST SYNC, on several ranks only
+        return cast("list[list[float]]", rows.tolist())  # HOST SYNC, on several ranks only
 
-    def _figures(self, step: _Step, params: list[Tensor]) -> tuple[float, float | None, float]:
-        """|g|, the loss, and cos(g0, g) where it is wanted: the one host sync of a pass on one device."""
-        last = step.active and step.passes == self.FAST_STEPS
-        dots = {p: (_grad(p), step.g0[p]) for p in params if p in step.g0} if last else {}
-        figures: dict[str, list[Tensor]] = {
-            "norm": _over_shards([_norm(b for (b,) in _wide_blocks(_grad(p))) for p in params], params, power=2),
-            "loss": [self._loss.reshape(())] if isinstance(self._loss, Tensor) else [],
-            "dot": _over_shards([_sum((a * b).sum() for a, b in _wide_blocks(*pair)) for pair in dots.values()], dots),
-            "size": step.moved if step.passes == 1 else [],
-            "q": _over_shards(step.sum_q, step.kept) if last else [],
-        }
-        device = params[0].device
-        dtype = functools.reduce(torch.promote_types, {_grad(p).dtype for p in params}, torch.float32)
-        flat = [figure.to(device, dtype) for kind in figures.values() for figure in kind]
-        values: Iterator[float] = iter(torch.stack(flat).tolist())  # HOST SYNC
-        read = {name: [next(values) for _ in fs] for name, fs in figures.items()}
+    def _figures(self, step: _Step) -> tuple[float, float | None]:
+        """|g| and the loss; at theta~ also the means of q and cos(g0, g~): the one host sync of a pass."""
+        seen = [rows for rows in step.rows if rows.has_grad()]
+        for rows in seen:
+            rows.norm = rows.norms(g for (g,) in rows.wide(rows.gather(rows.grads())))
+        _over_shards(seen, "norm", power=2)
+        kept = [rows for rows in step.rows if step.moved and rows.kept is not None]
+        pairs = [rows for rows in seen if step.moved and rows.g0 is not None]
+        for rows in pairs:
+            rows.dot = _sum((a * b).sum(1) for a, b in rows.wide(rows.g0, rows.gather(rows.grads())))
+        _over_shards(pairs, "dot")
+        figures = [rows.norm for rows in seen] + [rows.dot for rows in pairs] + [rows.tally for rows in kept]
+        figures += [self._loss.reshape(1)] if isinstance(self._loss, Tensor) else []
+        dtype = functools.reduce(torch.promote_types, {figure.dtype for figure in figures}, torch.float32)
+        read = torch.cat([figure.to(figures[0].device, dtype) for figure in figures]).tolist()  # HOST SYNC
+        loss, self._loss = (read.pop() if isinstance(self._loss, Tensor) else self._loss, None)
+        norms, dots = (sum(len(rows.params) for rows in seen), sum(len(rows.params) for rows in pairs))
+        norm, tallies = math.hypot(*read[:norms]), read[norms + dots :]
+        coordinates = max(1, sum(len(rows.params) * rows.numel for rows in kept))
+        step.means = [math.fsum(tallies[n::3]) / coordinates for n in range(3)] if kept else [None] * 3
+        sizes = step.norms[0] * norm if pairs else 0.0
+        step.cosine = math.fsum(read[norms : norms + dots]) / sizes if sizes else 0.0
+        return norm, loss
 
-        norm = math.hypot(*read["norm"])
-        if not step.passes:
-            c0 = clip_coefficient(norm, self.max_grad_norm)
-            step.sizes = {p: c0 * size for p, size in zip(params, read["norm"], strict=True)}
-        elif read["size"]:
-            step.sizes = dict(zip(step.kept, read["size"], strict=True))
-        loss = read["loss"][0] if isinstance(self._loss, Tensor) else self._loss
-        self._loss = None
-        if step.sum_q and last:
-            not_scaled = sum(p.numel() for p in step.theta0 if p not in step.kept)
-            step.mean_q = (math.fsum(read["q"]) + not_scaled) / max(1, sum(p.numel() for p in step.theta0))
-        sizes = step.norms[0] * norm if dots else 0.0
-        return norm, loss, math.fsum(read["dot"]) / sizes if sizes else 0.0
-
-    def _watch(self, norm: float) -> None:
-        """Say once when gradients seem to come clipped already: norms that differ by rounding from a round number."""
-        at, (before, times) = float(f"{norm:.2g}"), self._pinned
-        near = at > 0 and max(abs(norm - at), abs(before - at)) <= 1e-3 * at
-        self._pinned = norm, times + (norm != before) if near else min(times, 0)  # the very same: a constant gradient
-        if self._pinned[1] == 8:
-            self._pinned = norm, -math.inf
-            warnings.warn(
-                f"the norm of the gradient stays at {at:g}: is it clipped in the closure, or before lookahead()? The "
-                "gate and the ratio have to see it as it was: use max_grad_norm",
-                stacklevel=2,
-            )
-
-    def _seen_twice(self, step: _Step, params: list[Tensor], norm: float) -> bool:
-        """check_same_batch: False after the first gradient at theta0, which has to come once more."""
-        grads = {p: _grad(p).clone() for p in params}
-        if step.replay is None:
-            step.replay = grads
-            self.zero_grad()
-            return False
-        seen, nothing = step.replay | grads, torch.zeros(())
-        changes = [grads.get(p, nothing.to(g)) - step.replay.get(p, nothing.to(g)) for p, g in seen.items()]
-        norms = [_norm([change.to(_wide_dtype(change.dtype))]) for change in changes]
-        off = math.hypot(*map(float, _over_shards(norms, seen, power=2)))
-        step.replay = {}
-        if off > 0.01 * norm:
-            raise RuntimeError(
-                f"check_same_batch: two gradients at theta0 differ by {off:.3g}, their norm is {norm:.3g}. Every pass "
-                "has to use the same batch, rewards, advantages, old log-probabilities and random numbers"
-            )
-        return True
-
-    def _clip(self, params: list[Tensor], norm: float) -> None:
-        c = clip_coefficient(norm, self.max_grad_norm)
-        if c < 1:
-            for p in params:
-                _grad(p).mul_(c)
+    def _report(self, step: _Step, after: GateState, h: float | None, z: float | None, streak: int) -> Report:
+        closed_at = self.gate_state.fallback_step
+        closed, why = not self.gate.is_open(after), step.why
+        if step.outcome == "single" and not why:
+            why = "gate closed" if closed_at is None else f"gate closed at step {closed_at}"
+        why = "the gate closes" if step.outcome == "active" and closed else why
+        q, took_part, at_ceiling = step.means
+        moved = (q, None if q is None else 1 + 2 * self.alpha * q, took_part, at_ceiling)
+        done = (step.number, step.outcome, why, step.passes, step.loss, tuple(step.norms))
+        return Report(*done, *moved, h, z, streak, after.fallback_step if closed else None)
 
     # -- being a torch.optim.Optimizer
 
-    if not TYPE_CHECKING:  # a checker has them from Optimizer, as attributes
-        param_groups = property(lambda self: self.base.param_groups)  # the base's own, never copies
-        state = property(lambda self: self.base.state)
-        defaults = property(lambda self: self.base.defaults)
+    if not TYPE_CHECKING:  # a checker has them from Optimizer, as attributes; these are the base's own, never copies
+        param_groups = property(lambda self: self.base.param_groups, lambda self, v: _set(self, "param_groups", v))
+        state = property(lambda self: self.base.state, lambda self, v: _set(self, "state", v))
+        defaults = property(lambda self: self.base.defaults, lambda self, v: _set(self, "defaults", v))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self.base.add_param_group(param_group)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self.base.zero_grad(set_to_none)
+        self.base.zero_grad(*(() if set_to_none else (False,)))  # some bases' own takes no argument
 
     def train(self) -> None:
         """For bases with two modes (schedule-free), which trainers switch; nothing for others."""
@@ -962,27 +732,37 @@ class GXPO(torch.optim.Optimizer):
         getattr(self.base, "eval", bool)()
 
     def state_dict(self) -> dict[str, Any]:
-        """The base's, tensors cloned, and "gxpo": plain scalars. Loads into a GXPO or into the base alone."""
+        """The base's, tensors cloned, and "gxpo": plain scalars. Loads into a GXPO or into the base alone. Each group
+        has "gxpo", too, because torch.distributed.checkpoint passes on states and groups alone."""
         self._require_idle("state_dict()")
-        gate = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self.gate_state).items()}
-        return {**deepcopy(self.base.state_dict()), "gxpo": {"version": __version__, "gate": gate}}
+        state = torch.utils._pytree.tree_map(
+            lambda v: _clone(v) if isinstance(v, Tensor) else deepcopy(v), self.base.state_dict()
+        )
+        gate = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.gate_state).items()}
+        state["gxpo"] = {"version": __version__, "gate": gate}
+        for group in state["param_groups"]:
+            group["gxpo"] = deepcopy(state["gxpo"])
+        return cast("dict[str, Any]", state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """From state_dict(); or from the base optimizer's own: the gate then starts anew; or {"gxpo": ...} alone, where
-        the base's has been loaded by other means (torch.distributed.checkpoint)."""
+        the base's has been loaded by other means."""
         self._require_idle("load_state_dict()")
-        saved = state_dict.get("gxpo", {"gate": {}})
-        unknown = saved["gate"].keys() - GateState.__dataclass_fields__.keys()
+        groups = state_dict.get("param_groups", [])
+        saved: dict[str, Any] = next((d["gxpo"] for d in (state_dict, *groups) if "gxpo" in d), {"gate": {}})
+        gate: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()}
+        gate.pop("reference", None)  # of a rule that gxpo.py once had
+        unknown = gate.keys() - GateState.__dataclass_fields__.keys()
         if unknown:
             raise ValueError(f"gxpo {__version__} cannot read {sorted(unknown)}, saved by {saved.get('version')}")
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()}
-        gate_state = GateState(**fields)
+        gate_state = GateState(**gate)
         if state_dict.keys() != {"gxpo"}:
-            self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gxpo"})
+            groups = [{k: v for k, v in group.items() if k != "gxpo"} for group in groups]
+            self.base.load_state_dict({k: v for k, v in state_dict.items() if k != "gxpo"} | {"param_groups": groups})
         self.gate_state = gate_state
 
     def _require_idle(self, what: str) -> None:
-        if self._open is not None:
+        if self._stepping:
             raise RuntimeError(f"{what} in the middle of a step: finish it, or call abort() to drop it")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -990,16 +770,556 @@ class GXPO(torch.optim.Optimizer):
         return {name: self.__dict__[name] for name in (*self._SETTINGS, "base", "gate_state", "report")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # fills __dict__ and makes the hook registries
-        self._left, self._begun, self._pinned, self.process_group = False, 0, (0.0, 0), None
-        self._close()
+        """Not Optimizer's own, which writes into the base's defaults."""
+        self.__dict__.update(state)
+        self._run = self._loss = self._supplied = self.process_group = None
+        self._ready = self._left = self._tried = False
+        self._begun, self._standing = 0, (0.0, 0.0)
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (OrderedDict(), OrderedDict())
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
-            registry = f"_optimizer_{kind}_hooks"  # these run where the work is done, in the base; step hooks run here
+            registry = f"_optimizer_{kind}_hooks"  # these run where the work is done, in the base
             setattr(self, registry, getattr(self.base, registry))
+        self._patch_step_function()
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={getattr(self, name)!r}" for name in self._SETTINGS)
         return f"GXPO({settings}, base={self.base!r})"
+
+
+def _set(opt: GXPO, name: str, value: Any) -> None:
+    setattr(opt.base, name, value)
+
+
+class _Step:
+    """What one outer step notes down for its report, and keeps for the way back."""
+
+    def __init__(self, opt: GXPO, owned: bool) -> None:
+        self.number, self.owned = (
+            opt.gate_state.step,
+            owned,
+        )  # by passes() or step(closure), which clip the last gradient
+        there = [(p, p.grad) for p in opt._params() if p.grad is not None]  # somebody's buffers have to stay:
+        self.buffers = [(p, g) for p, g in there if g._is_view() or (owned and not _is_spent(g))]
+        self.outcome, self.why, self.passes, self.moved = ("single", "", 0, False)  # moved: to theta~
+        self.norms: list[float] = []
+        self.loss: float | None = None
+        self.cosine = 0.0  # of g0 and g~, where the gate watches it
+        self.means: list[Any] = [None] * 3  # over coordinates: q, those that take part, those at the ceiling
+        self.groups: list[Any] | None = None  # learning rates and parameters, as no pass may change them
+        self.rows: list[_Rows] = []  # the parameters; theta0, and g0 or theta1, then q
+        self.state: _Snapshot | None = None  # s0
+
+
+class _Gradient(NamedTuple):
+    """The figures of the gradient in .grad."""
+
+    norm: float  # over all parameters, before clipping; NaN where it is not finite on some rank
+    finite: bool  # the norm, and the loss where it is known
+
+
+# ------------------------------------------------------------------------------------------- tensors, in few operations
+
+_flatten: Callable[[list[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
+_unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._utils._unflatten_dense_tensors
+
+
+def _local(t: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor (DTensor, as FSDP2 makes them); of any other, itself."""
+    return cast("Any", t).to_local() if hasattr(t, "to_local") else t
+
+
+def _is_wrapped(t: Any) -> bool:
+    """A tensor subclass around other tensors (quantized ones, say)."""
+    return type(t) not in (Tensor, torch.nn.Parameter) and hasattr(t, "__tensor_flatten__")
+
+
+def _leaves(t: Any) -> list[Tensor]:
+    """The tensors that a tensor's numbers are in: itself, but for those around others."""
+    if not _is_wrapped(t):
+        return [t] if isinstance(t, Tensor) else []
+    return [leaf for name in t.__tensor_flatten__()[0] for leaf in _leaves(getattr(t, name))]
+
+
+def _clone(t: Any) -> Any:
+    """Of subclasses by their parts, because some have no clone of their own."""
+    if not _is_wrapped(t):
+        return t.detach().clone(memory_format=torch.contiguous_format) if isinstance(t, Tensor) else t
+    names, context = t.__tensor_flatten__()
+    parts = {name: _clone(getattr(t, name)) for name in names}
+    return type(t).__tensor_unflatten__(parts, context, t.size(), t.stride())
+
+
+class _Rows:
+    """Tensors as the rows of one matrix: small ones of one shape and kind, so that 1,000 of them cost as few operations
+    as one; or a single larger one, without a copy. Of sharded tensors, this rank's parts."""
+
+    theta0: Any = None  # copies: a matrix, or of a single tensor one of its shape
+    kept: Any = None  # g0 or theta1, then q
+    g0: Any = None
+    norm: Tensor  # of each tensor's .grad, shape (tensors,); of the whole tensor where it is sharded
+    size: Tensor  # of g0 or u0, likewise; for the estimator "tensor" at last r
+    dot: Tensor  # of g0 and g~, likewise
+    tally: Tensor  # sums over all coordinates: q, those that take part, those at the ceiling
+
+    def __init__(self, params: list[Tensor], tied: bool) -> None:
+        self.params, self.tied, self.groups = params, tied, _shards(params[0])
+        self.numel = params[0].numel()  # of one of them, sharded or not
+
+    def parts(self) -> list[Tensor]:
+        return [_local(p) for p in self.params]
+
+    def grads(self) -> list[Tensor]:
+        """Zeros where there is none: with them r is 0 and q is 1."""
+        return [torch.zeros_like(_local(p)) if p.grad is None else _local(p.grad) for p in self.params]
+
+    def has_grad(self) -> bool:
+        return any(p.grad is not None for p in self.params)
+
+    def copy(self, tensors: list[Tensor]) -> Tensor:
+        return self.gather(tensors) if len(tensors) > 1 else _clone(tensors[0])
+
+    def gather(self, tensors: list[Tensor]) -> Tensor:
+        return _flatten(tensors).view(len(tensors), -1) if len(tensors) > 1 else self.matrix(tensors[0].detach())
+
+    def matrix(self, t: Tensor) -> Tensor:
+        """A copy, or what gather() gave; of a quantized tensor its values."""
+        if len(self.params) == 1:
+            t = t.dequantize() if _is_wrapped(t) and type(t).dequantize is not Tensor.dequantize else t
+        return t if len(self.params) > 1 else t.reshape(1, -1)
+
+    def write(self, matrix: Tensor) -> None:
+        """To the parameters; nothing to do where the matrix is their own memory."""
+        parts = self.parts()
+        if len(parts) > 1:
+            torch._foreach_copy_(parts, _unflatten(matrix.view(-1), parts))
+        elif _is_wrapped(parts[0]) or matrix.data_ptr() != parts[0].data_ptr():
+            _write(self.params[0], matrix)
+
+    def ways_back(self) -> list[Callable[[], object]]:
+        if self.theta0 is None:
+            return []
+        copies = [self.theta0] if len(self.params) == 1 else self.theta0
+        return [functools.partial(_write, p, t) for p, t in zip(self.params, copies, strict=True)]
+
+    def blocks(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The same columns of every matrix, some at a time: temporaries stay small and, on a CPU, in cache."""
+        width = max(1, _block_size(self.params[0]) // len(self.params))
+        return zip(*(torch.split(self.matrix(t), width, 1) for t in tensors), strict=True)
+
+    def wide(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """In at least float32, in which ratios, norms and moves are computed."""
+        for block in self.blocks(*tensors):
+            yield tuple(t.to(torch.promote_types(t.dtype, torch.float32)) for t in block)
+
+    def norms(self, blocks: Iterable[Tensor]) -> Tensor:
+        """Of each row. Block by block, because one float32 sum over 7e7 numbers is 0.4 % off on a CPU."""
+        norms = [torch.linalg.vector_norm(block, dim=1) for block in blocks]
+        whole: Tensor = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        return whole
+
+
+def _write(p: Tensor, value: Tensor) -> None:
+    part = _local(p).detach()
+    part.copy_(value if _is_wrapped(value) else value.view(part.shape))
+
+
+def _sum(blocks: Iterable[Tensor]) -> Tensor:
+    whole: Tensor = functools.reduce(torch.add, blocks)
+    return whole
+
+
+def _block_size(p: Tensor) -> int:
+    return 2**17 if p.device.type == "cpu" else 2**24
+
+
+def _in_rows(params: list[Tensor]) -> list[_Rows]:
+    """In rows of like tensors; those that share memory (tied through .data) each alone."""
+    spans, tied, end, last = [], set(), 0, -1
+    for n, p in enumerate(params):
+        for t in _leaves(_local(p)):
+            extent = sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
+            spans += [(t.data_ptr(), t.data_ptr() + extent * t.element_size(), n)] if t.numel() else []
+    for start, stop, n in sorted(spans):
+        tied |= {last, n} if start < end else set()
+        end, last = max((end, last), (stop, n))
+    alike: dict[Any, list[Tensor]] = {}
+    for n, p in enumerate(params):
+        alone = n in tied or 8 * p.numel() > _block_size(p) or _is_wrapped(_local(p))
+        layout = None if type(p) is torch.nn.Parameter else (getattr(p, "placements", 0), getattr(p, "device_mesh", 0))
+        key = (n if alone else -1, p.shape, p.dtype, p.device, p.grad is None or p.grad.dtype, layout)
+        alike.setdefault(key, []).append(p)
+    rows = []
+    for (n, *_), same in alike.items():
+        most = max(1, _block_size(same[0]) // max(1, same[0].numel()))
+        rows += [_Rows(same[at : at + most], n in tied) for at in range(0, len(same), most)]
+    return rows
+
+
+def _shards(p: Tensor) -> tuple[dist.ProcessGroup, ...]:
+    """The groups of ranks whose parts of p make up the whole. Replicas are in none: they would count twice."""
+    split = [n for n, placement in enumerate(getattr(p, "placements", ())) if not placement.is_replicate()]
+    mesh: Any = getattr(p, "device_mesh", None)
+    return tuple(mesh.get_group(n) for n in split if mesh.size(n) > 1)
+
+
+def _over_shards(all_rows: list[_Rows], name: str, power: int = 1) -> None:
+    """Make a figure of this rank's parts that of the whole tensors: their sum, or with power=2 the root of the sum of
+    their squares. One all_reduce for each mesh that shards; none where nothing is sharded."""
+    for groups in dict.fromkeys(rows.groups for rows in all_rows if rows.groups):
+        same = [rows for rows in all_rows if rows.groups == groups]
+        parts: list[Tensor] = [getattr(rows, name) for rows in same]
+        whole = torch.cat(parts).double() ** power
+        for group in groups:
+            dist.all_reduce(whole, group=group)
+        for rows, part in zip(same, parts, strict=True):
+            value, whole = whole[: len(part)], whole[len(part) :]
+            setattr(rows, name, (value ** (1 / power)).to(part.dtype))
+
+
+# ----------------------------------------------------------------------- what the base optimizer writes, sees and draws
+
+
+class _Snapshot:
+    """All that base.step() may write besides the parameters: what hangs on the base, wherever. put_back() writes old
+    contents into the same tensors, dicts, lists and objects, because others may hold them; never through
+    load_state_dict, which may cast (ATM-02)."""
+
+    VALUES = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
+    THEMSELVES = (type, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)  # not copied, as parameters
+    FOREIGN = ("torch.distributed", "torch.cuda", "torch._", "threading", "_thread", "weakref", "logging")
+
+    def __init__(self, base: torch.optim.Optimizer, params: list[Tensor]) -> None:
+        self.containers: list[tuple[Any, Any]] = []  # (a dict, list, set or deque, a shallow copy)
+        self.slots: list[tuple[Any, str, Any]] = []
+        self.generators: list[tuple[Callable[[Any], object], Any]] = []  # of random numbers
+        self.opaque: dict[int, Any] = {}  # copies of what cannot be written into
+        self.tensors: list[tuple[list[Tensor], list[torch.Size], Tensor]] = []  # those that are copied together
+        held = [leaf for p in params for t in (p, p.grad) if t is not None for leaf in _leaves(_local(t))]
+        known = {leaf.untyped_storage().data_ptr() for leaf in held}
+        seen: dict[int, Any] = {id(p): p for p in params}
+        todo: list[Any] = [base]
+        alike: dict[Any, list[Tensor]] = {}
+        while todo:
+            x = todo.pop()
+            if type(x) in self.VALUES or id(x) in seen:
+                continue
+            seen[id(x)] = x
+            if not isinstance(x, Tensor) or x.layout != torch.strided:
+                todo += self._inside(x)
+                continue
+            for t in _leaves(x):  # but for parts of parameters, and for what is expanded, which nobody can write into
+                if t.untyped_storage().data_ptr() not in known and (t.is_contiguous() or all(t.stride())):
+                    small = t.numel() <= 2**14 and t.element_size() > 1
+                    alike.setdefault((t.dtype, t.device) if small else id(t), []).append(t)
+        for same in alike.values():
+            whole = _clone(same[0]) if len(same) == 1 else _flatten(same)
+            self.tensors.append((same, [t.shape for t in same], whole))
+
+    def _inside(self, x: Any) -> list[Any]:
+        """Note what x holds, and return it."""
+        if isinstance(x, dict | list | set | deque):
+            self.containers.append((x, x.copy()))
+            inside = list(x.values() if isinstance(x, dict) else x)
+        elif isinstance(x, tuple | frozenset):
+            return list(x)
+        elif isinstance(x, functools.partial):
+            return [x.func, *x.args, x.keywords]
+        elif isinstance(x, types.MethodType):
+            return [x.__self__]
+        elif isinstance(x, torch.Generator):
+            self.generators.append((x.set_state, x.get_state()))
+            return []
+        elif isinstance(x, (*self.THEMSELVES, GXPO)) or type(x).__module__.startswith(self.FOREIGN):
+            return []
+        else:
+            inside = []
+            if hasattr(x, "__array_interface__") and hasattr(x, "__setitem__"):  # numpy's arrays
+                self.containers.append((x, x.copy()))
+            elif hasattr(x, "bit_generator"):  # numpy's
+                self.generators.append((functools.partial(setattr, x.bit_generator, "state"), x.bit_generator.state))
+            elif hasattr(x, "getstate") and hasattr(x, "setstate"):  # Python's random.Random
+                self.generators.append((x.setstate, x.getstate()))
+            elif not hasattr(x, "__dict__") and not hasattr(type(x), "__slots__"):  # itertools' counters
+                with contextlib.suppress(Exception):  # what cannot be copied cannot be kept
+                    self.opaque[id(x)] = deepcopy(x)
+        slots = [name for kind in type(x).__mro__ for name in vars(kind).get("__slots__", ()) if hasattr(x, name)]
+        self.slots += [(x, name, getattr(x, name)) for name in slots if not name.startswith("__")]
+        if hasattr(x, "__dict__"):
+            self.containers.append((x.__dict__, x.__dict__.copy()))
+            hooks = "_hooks" if isinstance(x, torch.optim.Optimizer) else "\0"
+            inside += [value for name, value in x.__dict__.items() if not name.endswith(hooks)]
+        return inside + [getattr(x, name) for name in slots]
+
+    def put_back(self, failed: bool = False) -> None:
+        """`failed`: the generators of random numbers as well, which under "restore" go on."""
+        for x, old in self.containers:
+            if isinstance(x, dict):
+                for name in x.keys() - old.keys():
+                    del x[name]
+                x.update({k: self._fresh(v) for k, v in old.items()} if self.opaque else old)
+            elif isinstance(x, list | set | deque):
+                x.clear()
+                (x.update if isinstance(x, set) else x.extend)([self._fresh(v) for v in old])
+            else:
+                x[...] = old
+        for x, name, value in self.slots:
+            object.__setattr__(x, name, self._fresh(value))
+        for same, shapes, whole in self.tensors:
+            copies = [whole] if len(same) == 1 else torch.split(whole, [math.prod(shape) for shape in shapes])
+            for t, saved, shape in zip(same, copies, shapes, strict=True):
+                t.copy_(saved.view(shape)) if t.shape == shape else setattr(t, "data", saved.view(shape).clone())
+        for restore, state in self.generators if failed else ():
+            restore(state)
+
+    def _fresh(self, x: Any) -> Any:
+        return deepcopy(self.opaque[id(x)]) if id(x) in self.opaque else x
+
+
+def _pre_hooks(base: torch.optim.Optimizer) -> bool:
+    from torch.optim.optimizer import _global_optimizer_pre_hooks  # torch.optim hides its module
+
+    return bool(_global_optimizer_pre_hooks or base._optimizer_step_pre_hooks)
+
+
+def _step_with_a_look(base: torch.optim.Optimizer, look: Callable[[], None]) -> None:
+    """base.step(); `look` sees the gradients as the base's own hooks leave them."""
+    looks, handle = [look], None
+    if _pre_hooks(base):
+        handle = base.register_step_pre_hook(lambda *_: looks.pop()() if looks else None)
+    else:
+        looks.pop()()
+    try:
+        base.step()
+    finally:
+        if handle is not None:
+            handle.remove()
+    if looks:  # its step runs no hooks
+        look()
+
+
+class _RandomNumbers:
+    """torch's generators of random numbers: the CPU's and those of the parameters' devices. None without parameters."""
+
+    def __init__(self, params: list[Tensor] | None, required: bool = True) -> None:
+        self.functions: list[Any] = [] if params is None else [(torch.get_rng_state, torch.set_rng_state)]
+        for device in {p.device for p in params or () if p.device.type != "cpu"}:
+            module: Any = getattr(torch, device.type, None)
+            if hasattr(module, "get_rng_state") and hasattr(module, "set_rng_state"):
+                at = {} if device.type == "mps" else {"device": device}
+                functions = (module.get_rng_state, module.set_rng_state)
+                self.functions.append([functools.partial(function, **at) for function in functions])
+            elif required:
+                raise RuntimeError(f"torch cannot rewind the random numbers of {device}: set replay_rng=False")
+
+    def now(self) -> list[Tensor]:
+        return [get() for get, _ in self.functions]
+
+    def go_to(self, states: list[Tensor]) -> None:
+        for (_, put), state in zip(self.functions, states, strict=True):
+            put(state)
+
+
+# ------------------------------------------------------------------------------------------------ what users get wrong
+
+_SPENT = "_spent_by_gxpo"  # mark of a gradient that a step has used up: its id and version then
+
+
+class _Aborted(BaseException):
+    """What abort() ends a step with."""
+
+
+def _check_arguments(opt: GXPO, base: torch.optim.Optimizer, gate: Gate | None) -> None:
+    kind = type(base)
+    if kind.__module__.startswith("deepspeed") or kind.__name__ == "ZeroRedundancyOptimizer":
+        raise TypeError(f"{kind} keeps its state on other ranks and steps by itself: use FSDP2 or DDP")
+    if not isinstance(base, torch.optim.Optimizer) or isinstance(base, GXPO | torch.optim.LBFGS):
+        raise TypeError(f"base must be a torch.optim.Optimizer that steps without a closure, got {kind}")
+    if kind.__module__.startswith("accelerate"):
+        raise TypeError(f"{kind} only wraps an optimizer: give that one to GXPO, and GXPO to prepare()")
+    if not hasattr(base, "_optimizer_state_dict_pre_hooks"):  # Optimizer.__init__ has not run
+        raise TypeError(
+            f"{kind} is built around another optimizer and is not a whole one itself: put GXPO around the inner "
+            f"optimizer and {kind.__name__}, if it takes that, around the GXPO"
+        )
+    for why in filter(None, (_unfit(p) for group in base.param_groups for p in group["params"])):
+        raise TypeError(why)
+    _require(_is_number(opt.horizon, int, least=2), "horizon", "an int >= 2", opt.horizon)
+    _require(_is_number(opt.alpha, least=0), "alpha", "a number >= 0", opt.alpha)
+    _require(opt.estimator in ESTIMATORS, "estimator", f"one of {ESTIMATORS}", opt.estimator)
+    _require(opt.optimizer_state in STATE_POLICIES, "optimizer_state", f"one of {STATE_POLICIES}", opt.optimizer_state)
+    clip_ok = opt.max_grad_norm is None or _is_number(opt.max_grad_norm, above=0)
+    _require(clip_ok, "max_grad_norm", "None or a number > 0", opt.max_grad_norm)
+    _require(gate is None or isinstance(gate, Gate), "gate", "None (never) or a Gate", gate)
+    for name, value in (("rollback", opt.rollback), ("replay_rng", opt.replay_rng)):
+        _require(isinstance(value, bool), name, "True or False", value)
+
+
+def _unfit(p: Tensor) -> str | None:
+    """Why GXPO cannot move p; None where it can."""
+    if p.is_complex():
+        return f"GXPO takes real parameters only, got {p.dtype}: use torch.view_as_real"
+    if getattr(p, "_fsdp_flattened", False):
+        return (
+            "these parameters belong to FSDP1 (FullyShardedDataParallel), whose flat shards hide which numbers make up "
+            "a tensor: use fully_shard (FSDP2), whose parameters are DTensors"
+        )
+    if hasattr(p, "ds_id"):
+        return "these parameters belong to DeepSpeed's engine, which gathers and steps them by itself: use FSDP2 or DDP"
+    if not p.is_floating_point() or (_is_wrapped(_local(p)) and type(_local(p)).dequantize is Tensor.dequantize):
+        return f"GXPO has to compute with parameters of type {type(_local(p))}, which have no dequantize() of their own"
+    return None
+
+
+def _refuse_to_begin(opt: GXPO, owned: bool) -> None:
+    if "base" not in opt.__dict__:
+        raise RuntimeError(
+            "this wrapper only looks like a GXPO (Lightning's self.optimizers()): call passes() and lookahead() on the "
+            "GXPO itself, self.optimizers().optimizer"
+        )
+    if opt._left:
+        opt._left = False
+        raise RuntimeError(
+            "the last passes() loop was left before its end, and everything was put back: let it run out (no break or "
+            "return in it); if it was meant, or you caught an exception, call abort() first"
+        )
+    opt._require_idle("another step")
+    for grad in opt._grads() if owned else ():
+        # Zeros made beforehand are none. Of a sharded gradient a rank sees its part alone: any that is new is refused.
+        new_shard = hasattr(grad, "to_local") and not hasattr(grad, _SPENT)
+        if not _is_spent(grad) and (new_shard or _local(grad).count_nonzero()):
+            raise RuntimeError(
+                "there are gradients that no pass has made, and this step would lose them: every micro-batch belongs "
+                "into every pass (with Lightning, accumulate_grad_batches=1). If they are old ones, zero_grad() first"
+            )
+
+
+def _is_spent(grad: Tensor) -> bool:
+    mark = getattr(grad, _SPENT, None)  # a deepcopy has it, too, and another version
+    return mark is not None and (mark[1] == _local(grad)._version or mark[0] != id(grad))
+
+
+def _check_pass(opt: GXPO, step: _Step) -> None:
+    if step.groups != opt._groups():
+        raise RuntimeError(
+            "a learning rate or the set of parameters changed between the passes of one step: call schedulers, "
+            "add_param_group() and the like after the step, not in the closure"
+        )
+    if opt.active and not step.passes and opt.gate.statistic == "supplied" and opt._supplied is None:
+        raise RuntimeError("the gate's statistic is supplied: call observe(statistic=...) in the first pass")
+    params = opt._params()
+    if not any(p.grad is not None for p in params):
+        hooks = ("_post_accumulate_grad_hooks", "_backward_hooks", "_in_backward_optimizers")
+        if any(getattr(p, name, None) for p in params for name in hooks):
+            raise RuntimeError(
+                "no parameter has a gradient after backward(), and parameters have hooks: an optimizer that steps "
+                "during backward and frees the gradients leaves none for GXPO. Switch it off"
+            )
+        raise RuntimeError("no parameter has a gradient: was backward() called, on a loss that depends on them?")
+    for p, grad in ((p, p.grad) for p in params if p.grad is not None):
+        part = _local(grad)
+        if part.layout != torch.strided or part.is_complex():
+            kind = f"{part.layout} {part.dtype}"
+            raise TypeError(f"GXPO takes dense real gradients only, got {kind} for a parameter of {tuple(p.shape)}")
+        layouts = [getattr(t, "placements", None) for t in (p, grad)]
+        if layouts[0] != layouts[1]:
+            raise TypeError(f"a gradient must be sharded as its parameter is, got {layouts[1]} for {layouts[0]}")
+        if why := _unfit(p):
+            raise TypeError(why)
+
+
+def _refuse_ranks_apart(opt: GXPO, ranks: list[list[float]]) -> None:
+    for rank, (failed, *_) in enumerate(ranks):
+        if failed:
+            raise RuntimeError(f"rank {rank} cannot use its gradient, as its own error says: no rank makes this step")
+    if any(row != ranks[0] for row in ranks):
+        opt._begun = max(int(begun) for _, begun, _ in ranks)
+        raise RuntimeError(
+            "the ranks are not in the same pass of the same step: an exception was caught on one of them, say. All are "
+            "back where their steps began; let an exception end the step on every rank"
+        )
+
+
+def _refuse_gradients_apart(norms: tuple[float, ...]) -> None:
+    if all(map(math.isfinite, norms)) and max(norms) > 1.001 * min(norms):
+        raise RuntimeError(
+            f"the norm of the gradient differs between ranks, {min(norms):g} to {max(norms):g}: it has to be the "
+            "gradient of all ranks' data (DDP, FSDP2; no no_sync() around the last micro-batch; not a pipeline's "
+            "stages), of tensors that are whole or DTensors. Ranks that train apart need a process_group each"
+        )
+
+
+def _refuse_grad_scaler(opt: GXPO) -> None:
+    if hasattr(opt, "found_inf"):
+        for mark in ("found_inf", "grad_scale"):
+            delattr(opt, mark)
+        raise RuntimeError(
+            "GXPO cannot run under an enabled GradScaler, which would hide skipped inner steps: use bfloat16, or "
+            "GradScaler(enabled=False)"
+        )
+
+
+def _refuse_own_weights(opt: GXPO, step: _Step) -> None:
+    """A base that writes the parameters from a copy of its own would overwrite theta~, and nobody would notice. What it
+    does tells: push some coordinates, let it step, and see whether the push is still there. Then all is put back."""
+    params = opt._params()
+    state, numbers = step.state or _Snapshot(opt.base, params), _RandomNumbers(params, required=False)
+    drawn, grads = numbers.now(), [(p, p.grad, _clone(p.grad)) for p in params if p.grad is not None]
+    all_rows = [rows for rows in step.rows if rows.gather(rows.parts()).numel()]
+
+    def step_without_hooks() -> list[Tensor]:
+        getattr(type(opt.base).step, "__wrapped__", type(opt.base).step)(opt.base)
+        for p, grad, old in grads:
+            p.grad = grad.copy_(old)
+        return values()
+
+    def values() -> list[Tensor]:
+        some = (rows.gather(rows.parts())[:, :64] for rows in all_rows)
+        return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in some]
+
+    before, here, pushes = values(), step_without_hooks(), []
+    for rows, start, end in zip(all_rows, before, here, strict=True):
+        moved, size = ((end - start).abs().amax(1), end.abs().amax(1))
+        far = (200 * moved).minimum(size.maximum(20 * moved))  # far more than a step, no more than the weights
+        signs = torch.arange(end.shape[1], device=end.device) * 0.618034 % 1 < 0.5  # no pattern that updates have
+        pushes.append(far.where(far > 0, 1.0).view(-1, 1) * (2.0 * signs - 1.0))
+        whole = rows.gather(rows.parts())
+        whole[:, :64] += pushes[-1].to(whole.dtype)
+        rows.write(whole)
+    after = step_without_hooks()
+    left = [((t - end) * push).sum(1) / (push * push).sum(1) for t, end, push in zip(after, here, pushes, strict=True)]
+    lost = any(bool((share < 0.03).any()) for share in left)
+    for back in [back for rows in step.rows for back in rows.ways_back()]:
+        back()
+    state.put_back(failed=True)
+    numbers.go_to(drawn)
+    if any(row[0] for row in opt._everyone([lost])):
+        raise RuntimeError(
+            f"{type(opt.base)} keeps a copy of its own of the weights (float32 masters, say, or dual averaging) and "
+            "writes the parameters from it, so that the move to theta~ would be overwritten: use an optimizer that "
+            "steps from the parameters as they are. Nothing was changed"
+        )
+
+
+def _is_a_checkpoint_tool(opt: GXPO) -> bool:
+    """torch.distributed.checkpoint makes an optimizer's state by a step at a rate of 0 with gradients of 0."""
+    idle = all("lr" in group and float(group["lr"]) == 0 for group in opt.param_groups)
+    return not opt.state and idle and bool(opt._grads()) and not any(_local(g).count_nonzero() for g in opt._grads())
+
+
+def _warn_of_clipping(norm: float, before: float, times: float) -> tuple[float, float]:
+    """Says once that gradients come clipped already: nine norms in a row, not the very same, that differ by rounding
+    from a round number. Returns the norm, and how often norms stood there."""
+    at = float(f"{norm:.2g}")
+    near = at > 0 and max(abs(norm - at), abs(before - at)) <= 1e-5 * at
+    times = times + (norm != before) if near else min(times, 0)
+    if times == 8:
+        times = -math.inf
+        warnings.warn(
+            f"the norm of the gradient stays at {at:g}: is it clipped in the closure, or before lookahead()? The gate "
+            "and the ratio have to see it as it was: use max_grad_norm",
+            stacklevel=2,
+        )
+    return norm, times
 
 
 # ------------------------------------------------------------------------------------------------------- self-check
@@ -1007,44 +1327,37 @@ class GXPO(torch.optim.Optimizer):
 
 def _self_check() -> None:
     """What someone who pasted this file wants to see."""
-    curvature = torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64)
-    seen: list[bool] = []
+    print(f"gxpo.py {__version__}, spec {SPEC_VERSION}, torch {torch.__version__}")
+    curvature, results = torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64), []
 
-    def problem(**settings: Any) -> tuple[GXPO, Tensor, Callable[..., Tensor]]:
+    def run(*steps: tuple[float, ...], **settings: Any) -> tuple[Tensor, Report]:
+        """One step for each tuple, of the factors by which its passes scale the loss."""
         theta = torch.ones(4, dtype=torch.float64, requires_grad=True)
-
-        def closure(scale: float = 1.0) -> Tensor:
-            loss = scale * 0.5 * (curvature * theta * theta).sum()
-            torch.autograd.backward(loss)
-            return loss
-
-        return GXPO(torch.optim.SGD([theta], lr=0.5), **settings), theta, closure
+        opt = GXPO(torch.optim.SGD([theta], lr=0.5), **settings)
+        for scales in steps:
+            for n in opt.passes():
+                torch.autograd.backward(scales[min(n, len(scales) - 1)] * 0.5 * (curvature * theta * theta).sum())
+        return theta.detach(), opt.report
 
     def check(what: str, ok: bool, saw: object) -> None:
-        seen.append(ok)
+        results.append(ok)
         print(f"{'ok  ' if ok else 'FAIL'}  {what}: {saw}")
 
-    print(f"gxpo.py {__version__}, spec {SPEC_VERSION}, torch {torch.__version__}")
-    opt, theta, closure = problem(horizon=5, alpha=1.0)
-    opt.step(closure)
-    error = (theta.detach() - (1 - 0.5 * curvature) ** 6).abs().max().item()
+    theta, report = run((1.0,), alpha=1.0)
+    error = (theta - (1 - 0.5 * curvature) ** 6).abs().max().item()
     check("on a diagonal quadratic, alpha = 1, one step is K + 1 = 6 plain ones", error < 1e-14, f"error {error:.0e}")
-    check("an active step takes three gradients", opt.report.passes == 3, opt.report.passes)
-
-    opt, theta, closure = problem(gate=Gate(window=4, threshold=3.0, patience=1))
-    for scale in (1.0, 1.0, 1.0, 1.0, 40.0, 1.0):
-        opt.step(functools.partial(closure, scale))
-    check("a spike of |g~| in step 4 closes the gate", opt.report.fallback_step == 4, opt.report.why)
-    check("after it a step takes one gradient", opt.report.passes == 1, opt.report.passes)
-
-    opt, theta, closure = problem()
-    scales = iter((1.0, math.nan, 1.0))
-    opt.step(lambda: closure(next(scales)))
-    exact = torch.equal(theta.detach(), 1 - 0.5 * curvature)
-    check("NaN in pass 2: back to theta0, one plain step", exact, f"{opt.report.outcome}, {opt.report.why}")
-    if not all(seen):
-        raise SystemExit(f"{seen.count(False)} of {len(seen)} checks failed: this copy of gxpo.py is not in order")
-    print(f"{len(seen)} of {len(seen)} checks passed")
+    check("an active step takes three gradients", report.passes == 3, report.passes)
+    _, report = run(*[(1.0,)] * 4, (40.0,), (1.0,), gate=Gate(window=4, patience=1))
+    check("a spike of |g~| in step 4 closes the gate", report.fallback_step == 4, report.why)
+    check("after it a step takes one gradient", report.passes == 1, report.passes)
+    theta, report = run((1.0, math.nan, 1.0))
+    exact = torch.equal(theta, 1 - 0.5 * curvature)
+    check("NaN in pass 2: back to theta0, one plain step", exact, f"{report.outcome}, {report.why}")
+    if not all(results):
+        raise SystemExit(
+            f"{results.count(False)} of {len(results)} checks failed: this copy of gxpo.py is not in order"
+        )
+    print(f"{len(results)} of {len(results)} checks passed")
 
 
 if __name__ == "__main__":

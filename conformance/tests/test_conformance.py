@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -132,17 +134,25 @@ class AlphaOnExcess(gxpo.GXPO):
     """alpha applied to q - 1: theta~ = theta0 + (1 + alpha (q - 1)) (theta2 - theta0)."""
 
     def _move(self, step: Any) -> None:
-        for p, theta0 in step.theta0.items():
-            p.copy_(theta0 + (1 + self.alpha * (step.kept[p] - 1)) * (p - theta0))
+        for rows in step.rows:
+            rows.kept.sub_(1).mul_(self.alpha).add_(1)
+        alpha, self.alpha = self.alpha, 1.0
+        super()._move(step)
+        self.alpha = alpha
 
 
 class ClippedStatistic(gxpo.GXPO):
     """The gate fed the clipped norm."""
 
-    def _last_step(self) -> None:
-        if self._open.statistic is not None and self.max_grad_norm is not None:
-            self._open.statistic = min(self._open.statistic, self.max_grad_norm)
-        super()._last_step()
+    def _last_step(self, step: Any, g: Any) -> None:
+        gate, limit = self.gate, self.max_grad_norm or math.inf
+
+        def after(s: gxpo.GateState, active: bool, h: float | None) -> Any:
+            return gate.after(s, active, h if h is None else min(h, limit))
+
+        self.gate = SimpleNamespace(statistic=gate.statistic, is_open=gate.is_open, after=after)
+        super()._last_step(step, g)
+        self.gate = gate
 
 
 class NeverRestored(gxpo.GXPO):
@@ -160,9 +170,12 @@ class RollbackForgetsState(gxpo.GXPO):
 
 
 class FourthPass(gxpo.GXPO):
-    """Three fast steps in place of two."""
+    """Takes the corrective gradient twice."""
 
-    FAST_STEPS = 3
+    def _active_step(self, step: Any, g: Any) -> Any:
+        yield from super()._active_step(step, g)
+        self._empty_grad(step)
+        return (yield from self._gradient(step))
 
 
 PLANTED: dict[str, tuple[type, set[str]]] = {

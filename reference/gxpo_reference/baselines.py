@@ -5,6 +5,8 @@ Plumbing (clipping, rollback, gate, checkpoints) is gxpo.py's; what differs is t
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from gxpo import GXPO, Gate
@@ -50,7 +52,16 @@ class SFPO(GXPO):
             replay_rng=replay_rng,
         )
 
-    FAST_STEPS = property(lambda self: self.horizon)
-
-    def _fast_step(self, step: object, params: object) -> None:
-        self.base.step()
+    def _active_step(self, step: Any, g: Any) -> Any:
+        """As GXPO's, with K real steps and no ratio: theta~ = theta0 + alpha (thetaK - theta0)."""
+        self._keep(step)  # theta0 and s0
+        for n in range(self.horizon):
+            if n > 0:
+                g = yield from self._gradient(step)  # gn
+                if not g.finite:
+                    return g
+            self._clip(g)
+            self.base.step()  # theta(n + 1)
+            self._empty_grad(step)
+        self._move(step)
+        return (yield from self._gradient(step))  # g~

@@ -141,11 +141,13 @@ def test_the_time_of_a_step_is_that_of_all_its_passes(run: Callable[..., GRPOTra
     assert all(logged > measured > 0 for logged, measured in zip(times, seconds, strict=True))
 
 
-def test_the_check_for_the_same_batch_is_content(run: Callable[..., GRPOTrainer]) -> None:
-    """GXPO's own debugging aid, a second gradient at theta0. Otherwise the replays are not of the batch."""
-    name = "two iterations in one step"
-    trainer = run(gxpo={"gate": None, "check_same_batch": True}, learning_rate=0.1, **SETTINGS[name])
-    assert all(entry["gxpo/active"] for entry in trainer.state.log_history[:-1])
+def test_the_replays_are_of_the_same_batch(run: Callable[..., GRPOTrainer]) -> None:
+    """At a learning rate of 0 nothing moves, and three gradients of one batch are one gradient."""
+    trainer = run(gxpo={"gate": None}, learning_rate=0.0, **SETTINGS["two iterations in one step"])
+    for entry in trainer.state.log_history[:-1]:
+        norms = [entry[f"gxpo/grad_norm_{which}"] for which in ("initial", "second", "corrective")]
+        assert entry["gxpo/active"]
+        assert norms == pytest.approx([norms[0]] * 3, rel=1e-5)
 
 
 def test_what_is_logged_between_is_averaged(run: Callable[..., GRPOTrainer]) -> None:

@@ -59,7 +59,7 @@ class GXPOMixin(_Base):
     with the true gradient: three backward passes a step while its gate is open, one afterwards.
 
     gxpo: keyword arguments of `gxpo.GXPO` as a dict: horizon (steps to predict), alpha (part of the way, 1 is all of
-        it), gate, estimator, optimizer_state, rollback, replay_rng, check_same_batch. max_grad_norm (a 2-norm) is the
+        it), gate, estimator, optimizer_state, rollback, replay_rng. max_grad_norm (a 2-norm) is the
         trainer's `args.max_grad_norm`, for the two fast steps as for the last; it may be repeated, not changed.
         A `Gate(statistic="supplied")` is supplied with the policy's mean entropy at theta0, in nats per token.
     Everything else goes to the trainer.
