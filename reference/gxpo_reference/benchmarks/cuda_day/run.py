@@ -83,7 +83,7 @@ def wait(process: subprocess.Popen[bytes], limit: float, log: Path, progress: Pr
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(0.25)
                 return True
-            progress.say(last_line(log)[:60])
+            progress.say(last_line(log)[:60] or "starting")
         return False
     finally:
         progress.end()
@@ -96,8 +96,7 @@ def run(part: Part, folder: Path, device: str, limit: float | None = None) -> Re
     command = [sys.executable, *part.command]
     record = Record(part.name, part.kind, part.about, shlex.join(["python", *part.command]))
     log, root, began = folder / f"{part.name}.log", checkout() or folder, time.monotonic()
-    if part.kind != "toy":  # which goes on where it was
-        part.writes.unlink(missing_ok=True)
+    part.writes.unlink(missing_ok=True)  # or what an earlier run wrote would be taken for this one's
     limit = 60 * part.minutes if limit is None else limit
     with log.open("wb") as output:
         process = subprocess.Popen(
