@@ -41,6 +41,7 @@ try:
     import torch
     import torch.distributed as dist
     from torch import Tensor
+    from torch._compile import _disable_dynamo
 except ModuleNotFoundError as missing:
     if missing.name != "torch":
         raise
@@ -279,10 +280,9 @@ class GXPO(torch.optim.Optimizer):
         self.__setstate__({})
         self.process_group = process_group
 
-    # -- the step, a coroutine: `yield True` waits for a gradient where the parameters are, `yield False` for the end
-
     def _outer_step(self, owned: bool) -> Generator[bool, None, None]:
-        """One outer step, whatever comes of it: active, single, rolled back to a single pass, or skipped."""
+        """One outer step, whatever comes of it: active, single, rolled back to a single pass, or skipped. A coroutine:
+        `yield True` waits for a gradient where the parameters now are, `yield False` for the word to end."""
         step, active = _Step(self, owned), self.active
         try:
             if owned:
@@ -367,7 +367,7 @@ class GXPO(torch.optim.Optimizer):
         report = self._report(step, gate_state, h, z, streak)
         self.report, self.gate_state = report, gate_state  # counted: nothing of a failed step gets here (ATM-03)
 
-    @torch._compile._disable_dynamo
+    @_disable_dynamo
     @torch.no_grad()
     def lookahead(self) -> bool:
         """Take in the gradient of the pass just done (in .grad) and do everything but the last optimizer step.
@@ -383,7 +383,7 @@ class GXPO(torch.optim.Optimizer):
             self._begin(self._outer_step(owned=False), owned=False)
         return self._go_on()
 
-    @torch._compile._disable_dynamo
+    @_disable_dynamo
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One outer step. `closure` runs forward and backward of the whole batch, all micro-batches, and returns the
         loss; it is called three times while active, once after fallback. Returns the loss at theta0. Without a closure:
@@ -561,7 +561,7 @@ class GXPO(torch.optim.Optimizer):
                 rows.size = _sum(((u0 / size) * (u1 / size)).sum(1) for u0, u1 in self._changes(rows))
             _over_shards(kept, "size")
         for rows in kept:
-            figure, sums = rows.size.view(-1, 1), []
+            figure, sums = rows.size.view(-1, 1), list[Tensor]()
             for (out,), (before, after) in zip(rows.blocks(rows.kept), self._changes(rows), strict=True):
                 if self.estimator == "tensor":
                     r = figure.nan_to_num(0.0, 0.0, 0.0).clamp_(-2.0, 3.0).expand_as(before).clone()
@@ -569,8 +569,8 @@ class GXPO(torch.optim.Optimizer):
                     r = retention_ratio(before, after, figure / math.sqrt(max(1, rows.numel)))
                 q = extrapolation_scale(r, self.horizon)
                 out.copy_(q)
-                sums.append(torch.stack((q.sum(), r.ne_(0.0).sum(), q.ge_(self.horizon / 2 + 1).sum())))
-            rows.tally = _sum(sums)
+                sums += [q.sum(), r.ne_(0.0).sum(), q.ge_(self.horizon / 2 + 1).sum()]
+            rows.tally = torch.stack(sums).view(-1, 3).sum(0)
         _over_shards(kept, "tally")
 
     def _changes(self, rows: _Rows) -> Iterator[tuple[Tensor, ...]]:
@@ -595,7 +595,7 @@ class GXPO(torch.optim.Optimizer):
     def _clip(self, g: _Gradient) -> None:
         c = clip_coefficient(g.norm, self.max_grad_norm)
         if c < 1:
-            torch._foreach_mul_([_local(grad) for grad in self._grads()], c)
+            _torch._foreach_mul_([_local(grad) for grad in self._grads()], c)
 
     def _mark_as_spent(self, step: _Step) -> None:
         for grad in self._grads() if step.owned else ():
@@ -735,7 +735,7 @@ class GXPO(torch.optim.Optimizer):
         """The base's, tensors cloned, and "gxpo": plain scalars. Loads into a GXPO or into the base alone. Each group
         has "gxpo", too, because torch.distributed.checkpoint passes on states and groups alone."""
         self._require_idle("state_dict()")
-        state = torch.utils._pytree.tree_map(
+        state = _torch.utils._pytree.tree_map(
             lambda v: _clone(v) if isinstance(v, Tensor) else deepcopy(v), self.base.state_dict()
         )
         gate = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.gate_state).items()}
@@ -794,13 +794,11 @@ class _Step:
     """What one outer step notes down for its report, and keeps for the way back."""
 
     def __init__(self, opt: GXPO, owned: bool) -> None:
-        self.number, self.owned = (
-            opt.gate_state.step,
-            owned,
-        )  # by passes() or step(closure), which clip the last gradient
+        self.number, self.owned = opt.gate_state.step, owned  # owned: by passes() or step(closure), which also clip the
+        # last gradient; lookahead() leaves it to the trainer
         there = [(p, p.grad) for p in opt._params() if p.grad is not None]  # somebody's buffers have to stay:
         self.buffers = [(p, g) for p, g in there if g._is_view() or (owned and not _is_spent(g))]
-        self.outcome, self.why, self.passes, self.moved = ("single", "", 0, False)  # moved: to theta~
+        self.outcome, self.why, self.passes, self.moved = "single", "", 0, False  # moved: to theta~
         self.norms: list[float] = []
         self.loss: float | None = None
         self.cosine = 0.0  # of g0 and g~, where the gate watches it
@@ -819,8 +817,9 @@ class _Gradient(NamedTuple):
 
 # ------------------------------------------------------------------------------------------- tensors, in few operations
 
-_flatten: Callable[[list[Tensor]], Tensor] = torch._utils._flatten_dense_tensors
-_unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = torch._utils._unflatten_dense_tensors
+_torch: Any = torch  # for what it has without announcing it
+_flatten: Callable[[list[Tensor]], Tensor] = _torch._utils._flatten_dense_tensors
+_unflatten: Callable[[Tensor, list[Tensor]], list[Tensor]] = _torch._utils._unflatten_dense_tensors
 
 
 def _local(t: Tensor) -> Tensor:
@@ -891,7 +890,7 @@ class _Rows:
         """To the parameters; nothing to do where the matrix is their own memory."""
         parts = self.parts()
         if len(parts) > 1:
-            torch._foreach_copy_(parts, _unflatten(matrix.view(-1), parts))
+            _torch._foreach_copy_(parts, _unflatten(matrix.view(-1), parts))
         elif _is_wrapped(parts[0]) or matrix.data_ptr() != parts[0].data_ptr():
             _write(self.params[0], matrix)
 
@@ -929,7 +928,7 @@ def _sum(blocks: Iterable[Tensor]) -> Tensor:
 
 
 def _block_size(p: Tensor) -> int:
-    return 2**17 if p.device.type == "cpu" else 2**24
+    return 2**18 if p.device.type == "cpu" else 2**24
 
 
 def _in_rows(params: list[Tensor]) -> list[_Rows]:
@@ -1276,7 +1275,7 @@ def _refuse_own_weights(opt: GXPO, step: _Step) -> None:
         some = (rows.gather(rows.parts())[:, :64] for rows in all_rows)
         return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in some]
 
-    before, here, pushes = values(), step_without_hooks(), []
+    before, here, pushes = step_without_hooks(), step_without_hooks(), []  # the first may project, say
     for rows, start, end in zip(all_rows, before, here, strict=True):
         moved, size = ((end - start).abs().amax(1), end.abs().amax(1))
         far = (200 * moved).minimum(size.maximum(20 * moved))  # far more than a step, no more than the weights
