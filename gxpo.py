@@ -594,8 +594,11 @@ class GXPO(torch.optim.Optimizer):
 
     def _clip(self, g: _Gradient) -> None:
         c = clip_coefficient(g.norm, self.max_grad_norm)
-        if c < 1:
-            _torch._foreach_mul_([_local(grad) for grad in self._grads()], c)
+        alike: dict[Any, list[Tensor]] = {}
+        for grad in map(_local, self._grads() if c < 1 else ()):
+            alike.setdefault((torch.promote_types(grad.dtype, torch.float32), grad.device), []).append(grad)
+        for (dtype, device), grads in alike.items():  # by a tensor: a number would be rounded to bfloat16 first
+            _torch._foreach_mul_(grads, torch.tensor(c, dtype=dtype, device=device))
 
     def _mark_as_spent(self, step: _Step) -> None:
         for grad in self._grads() if step.owned else ():

@@ -45,7 +45,7 @@ def test_snippets_run_in_order_and_print_what_is_shown() -> None:
         ran += 1
         if next_kind == "text":
             assert printed.getvalue() == shown
-    assert ran == 3
+    assert ran == 4
     assert names["optimizer"].report.outcome == "active"
 
 
