@@ -304,9 +304,7 @@ class GXPO(torch.optim.Optimizer):
         except GeneratorExit:  # dropped, not aborted: whoever has the parameters now keeps them
             raise
         except BaseException:
-            if self.gate_state.step == step.number:  # not counted yet
-                self._put_back(step)
-            step.rows, step.state = [], None  # or a traceback would keep them
+            self._give_up(step)  # back to theta0 and s0, unless the base has made the last step
             raise
 
     def _active_step(self, step: _Step, g: _Gradient) -> Generator[bool, None, _Gradient]:
@@ -359,13 +357,14 @@ class GXPO(torch.optim.Optimizer):
         }
         h = observed[self.gate.statistic] if step.outcome == "active" else None
         gate_state, z, streak = self.gate.after(self.gate_state, step.outcome == "active", h)
-        if g.finite:
-            if step.owned:
-                self._clip(g)
-            self.base.step()
+        step.result = self._report(step, gate_state, h, z, streak), gate_state
+        if step.owned and g.finite:
+            self._clip(g)
         self._mark_as_spent(step)
-        report = self._report(step, gate_state, h, z, streak)
-        self.report, self.gate_state = report, gate_state  # counted: nothing of a failed step gets here (ATM-03)
+        # On one line, for what interrupts: a step that the base has made is counted, any other is put back (ATM-03).
+        step.done = not g.finite or self.base.step() is None or True
+        self.report, self.gate_state = step.result
+        self._mark_as_spent(step, exactly=True)
 
     @_disable_dynamo
     @torch.no_grad()
@@ -600,15 +599,24 @@ class GXPO(torch.optim.Optimizer):
         for (dtype, device), grads in alike.items():  # by a tensor: a number would be rounded to bfloat16 first
             _torch._foreach_mul_(grads, torch.tensor(c, dtype=dtype, device=device))
 
-    def _mark_as_spent(self, step: _Step) -> None:
+    def _mark_as_spent(self, step: _Step, exactly: bool = False) -> None:
         for grad in self._grads() if step.owned else ():
-            setattr(grad, _SPENT, (id(grad), _local(grad)._version))
+            setattr(grad, _SPENT, (id(grad), _local(grad)._version if exactly else None))
 
     def _empty_grad(self, step: _Step) -> None:
         """zero_grad(), but for gradients in a buffer that is somebody's: those stay, zeroed."""
         self.base.zero_grad()
         for p, grad in step.buffers:
             p.grad = grad.zero_()
+
+    def _give_up(self, step: _Step) -> None:
+        try:
+            if not step.done:
+                self._put_back(step)
+            elif self.gate_state.step == step.number:
+                self.report, self.gate_state = step.result
+        finally:
+            step.rows, step.state = [], None  # or a traceback would keep them
 
     def _put_back(self, step: _Step) -> None:
         """theta0 and s0, in place; each part on its own, so that one that cannot go back keeps no other from it."""
@@ -801,7 +809,8 @@ class _Step:
         # last gradient; lookahead() leaves it to the trainer
         there = [(p, p.grad) for p in opt._params() if p.grad is not None]  # somebody's buffers have to stay:
         self.buffers = [(p, g) for p, g in there if g._is_view() or (owned and not _is_spent(g))]
-        self.outcome, self.why, self.passes, self.moved = "single", "", 0, False  # moved: to theta~
+        self.outcome, self.why, self.passes, self.moved, self.done = "single", "", 0, False, False  # moved to theta~
+        self.result: tuple[Report, GateState]
         self.norms: list[float] = []
         self.loss: float | None = None
         self.cosine = 0.0  # of g0 and g~, where the gate watches it
@@ -1019,6 +1028,9 @@ class _Snapshot:
 
     def _inside(self, x: Any) -> list[Any]:
         """Note what x holds, and return it."""
+        if isinstance(x, Tensor):  # a sparse one
+            self.opaque[id(x)] = x.clone()
+            return []
         if isinstance(x, dict | list | set | deque):
             self.containers.append((x, x.copy()))
             inside = list(x.values() if isinstance(x, dict) else x)
@@ -1197,7 +1209,7 @@ def _refuse_to_begin(opt: GXPO, owned: bool) -> None:
 
 def _is_spent(grad: Tensor) -> bool:
     mark = getattr(grad, _SPENT, None)  # a deepcopy has it, too, and another version
-    return mark is not None and (mark[1] == _local(grad)._version or mark[0] != id(grad))
+    return mark is not None and (mark[1] in (None, _local(grad)._version) or mark[0] != id(grad))
 
 
 def _check_pass(opt: GXPO, step: _Step) -> None:
@@ -1330,35 +1342,32 @@ def _warn_of_clipping(norm: float, before: float, times: float) -> tuple[float, 
 def _self_check() -> None:
     """What someone who pasted this file wants to see."""
     print(f"gxpo.py {__version__}, spec {SPEC_VERSION}, torch {torch.__version__}")
-    curvature, results = torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64), []
+    curvature, results = torch.tensor([1.0, 0.3, 0.1, 0.01], dtype=torch.float64), list[bool]()
 
-    def run(*steps: tuple[float, ...], **settings: Any) -> tuple[Tensor, Report]:
-        """One step for each tuple, of the factors by which its passes scale the loss."""
+    def run(*steps: list[float], **settings: Any) -> tuple[Tensor, Report]:  # a step: what scales the loss of each pass
         theta = torch.ones(4, dtype=torch.float64, requires_grad=True)
         opt = GXPO(torch.optim.SGD([theta], lr=0.5), **settings)
         for scales in steps:
             for n in opt.passes():
-                torch.autograd.backward(scales[min(n, len(scales) - 1)] * 0.5 * (curvature * theta * theta).sum())
+                torch.autograd.backward(scales[n] * 0.5 * (curvature * theta * theta).sum())
         return theta.detach(), opt.report
 
     def check(what: str, ok: bool, saw: object) -> None:
         results.append(ok)
         print(f"{'ok  ' if ok else 'FAIL'}  {what}: {saw}")
 
-    theta, report = run((1.0,), alpha=1.0)
+    theta, report = run([1.0] * 3, alpha=1.0)
     error = (theta - (1 - 0.5 * curvature) ** 6).abs().max().item()
     check("on a diagonal quadratic, alpha = 1, one step is K + 1 = 6 plain ones", error < 1e-14, f"error {error:.0e}")
     check("an active step takes three gradients", report.passes == 3, report.passes)
-    _, report = run(*[(1.0,)] * 4, (40.0,), (1.0,), gate=Gate(window=4, patience=1))
+    _, report = run(*[[1.0] * 3] * 4, [40.0] * 3, [1.0], gate=Gate(window=4, patience=1))
     check("a spike of |g~| in step 4 closes the gate", report.fallback_step == 4, report.why)
     check("after it a step takes one gradient", report.passes == 1, report.passes)
-    theta, report = run((1.0, math.nan, 1.0))
+    theta, report = run([1.0, math.nan, 1.0])
     exact = torch.equal(theta, 1 - 0.5 * curvature)
     check("NaN in pass 2: back to theta0, one plain step", exact, f"{report.outcome}, {report.why}")
     if not all(results):
-        raise SystemExit(
-            f"{results.count(False)} of {len(results)} checks failed: this copy of gxpo.py is not in order"
-        )
+        raise SystemExit(f"{results.count(False)} of {len(results)} checks failed: this copy is not in order")
     print(f"{len(results)} of {len(results)} checks passed")
 
 
