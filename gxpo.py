@@ -1290,18 +1290,21 @@ def _refuse_own_weights(opt: GXPO, step: _Step) -> None:
         some = (rows.gather(rows.parts())[:, :64] for rows in all_rows)
         return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in some]
 
-    before, here, pushes = step_without_hooks(), step_without_hooks(), []  # the first may project, say
-    for rows, start, end in zip(all_rows, before, here, strict=True):
-        moved, size = ((end - start).abs().amax(1), end.abs().amax(1))
-        far = (200 * moved).minimum(size.maximum(20 * moved))  # far more than a step, no more than the weights
-        signs = torch.arange(end.shape[1], device=end.device) * 0.618034 % 1 < 0.5  # no pattern that updates have
-        pushes.append(far.where(far > 0, 1.0).view(-1, 1) * (2.0 * signs - 1.0))
-        whole = rows.gather(rows.parts())
-        whole[:, :64] += pushes[-1].to(whole.dtype)
-        rows.write(whole)
-    after = step_without_hooks()
-    left = [((t - end) * push).sum(1) / (push * push).sum(1) for t, end, push in zip(after, here, pushes, strict=True)]
-    lost = any(bool((share < 0.03).any()) for share in left)
+    step_without_hooks()  # the first step may project, say
+    lost = True
+    for _ in range(2):  # an average may forget everything once, in its first step
+        before, here, pushes = values(), step_without_hooks(), []
+        for rows, start, end in zip(all_rows, before, here, strict=True):
+            moved, size = (end - start).abs().amax(1), end.abs().amax(1)
+            far = (200 * moved).minimum(size.maximum(20 * moved))  # far more than a step, no more than the weights
+            signs = torch.arange(end.shape[1], device=end.device) * 0.618034 % 1 < 0.5  # no pattern that updates have
+            pushes.append(far.where(far > 0, 1.0).view(-1, 1) * (2.0 * signs - 1.0))
+            whole = rows.gather(rows.parts())
+            whole[:, :64] += pushes[-1].to(whole.dtype)
+            rows.write(whole)
+        after = zip(step_without_hooks(), here, pushes, strict=True)
+        left = [((end - start) * push).sum(1) / (push * push).sum(1) for end, start, push in after]
+        lost = lost and any(bool((share < 0.03).any()) for share in left)
     for back in [back for rows in step.rows for back in rows.ways_back()]:
         back()
     state.put_back(failed=True)
