@@ -82,13 +82,15 @@ def extrapolation_scale(r: Tensor, horizon: int) -> Tensor:
     1 + r divides S_K for even K, which leaves 1 + r^2 + r^4 + ... + r^(K-2). Odd K goes up to r^(K-3) and adds
     r^(K-1) / (1 + r), with q = 1 at the pole. (1 - r^K) / (1 - r), the textbook form, loses r = 1 (EXT-03).
     """
-    r2, q, one = r * r, torch.ones_like(r), r.new_ones(())
-    for _ in range(horizon // 2 - 1):
+    r2, one = r * r, r.new_ones(())
+    q = r2 + one if horizon > 3 else torch.ones_like(r)
+    for _ in range(horizon // 2 - 2):
         torch.addcmul(one, r2, q, out=q)
     if horizon % 2:
         # Minus over -(1 + r), made 0 within 1e-8: minus infinity at the pole, which the clamp makes 1.
         q.addcdiv_(r2.pow_(horizon // 2), torch.hardshrink(-1.0 - r, 1e-8), value=-1.0)
-        q.nan_to_num_(nan=1.0)  # inf - inf, for r < -1 alone, where q is negative: 1 after the clamp, too (EXT-04)
+        if horizon > 64:  # 3^80 overflows: inf - inf, for r < -1 alone, where q is negative: 1 after the clamp (EXT-04)
+            q.nan_to_num_(nan=1.0)
     return q.clamp_(1.0, horizon / 2 + 1)
 
 
@@ -308,8 +310,7 @@ class GXPO(torch.optim.Optimizer):
             raise
 
     def _active_step(self, step: _Step, g: _Gradient) -> Generator[bool, None, _Gradient]:
-        """THE METHOD, in the order of the module's docstring: from theta0 with g0 in .grad to theta~ with g~ in .grad.
-        Returns the figures of g~, or of the first gradient that is not finite."""
+        """THE METHOD, in the module docstring's order. Returns the figures of g~, or of the first that are not finite."""
         self._keep(step)  # theta0, s0
         self._fast_step(step, g, self._look_at_first)  # theta1, s1 = U(theta0, s0, c0 g0); g0 is kept
         g = yield from self._gradient(step)  # g1

@@ -109,7 +109,7 @@ def test_the_file_checks_itself_and_says_so(
 ) -> None:
     """`python gxpo.py` of a damaged copy must not look like that of a whole one."""
     text = Path(gxpo.__file__).read_text(encoding="utf-8")
-    broken = text.replace("addcmul(one, r2, q, out=q)", "addcmul(one, r2, q, value=1.01, out=q)")
+    broken = text.replace("q = r2 + one if", "q = 1.01 * r2 + one if")
     assert broken != text
     for source, fails in ((text, False), (broken, True)):
         names = {"__name__": "__main__", "__file__": gxpo.__file__}
