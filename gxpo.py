@@ -310,7 +310,7 @@ class GXPO(torch.optim.Optimizer):
             raise
 
     def _active_step(self, step: _Step, g: _Gradient) -> Generator[bool, None, _Gradient]:
-        """THE METHOD, in the module docstring's order. Returns the figures of g~, or of the first that is not finite."""
+        """THE METHOD, in the module docstring's order. Returns the figures of g~, or of an earlier non-finite one."""
         self._keep(step)  # theta0, s0
         self._fast_step(step, g, self._look_at_first)  # theta1, s1 = U(theta0, s0, c0 g0); g0 is kept
         g = yield from self._gradient(step)  # g1
