@@ -28,9 +28,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import math
 import types
 import warnings
+from bisect import bisect_right
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from copy import deepcopy
@@ -375,8 +377,7 @@ class GXPO(torch.optim.Optimizer):
         True: parameters have moved and .grad is empty; run forward and backward again, on the same batch, and call
         this again. False: .grad holds the last gradient, UNCLIPPED; clip it if you like and call step() without a
         closure. If anything fails in between, call abort(). Raises RuntimeError where no parameter has a gradient,
-        TypeError for sparse ones; parameters and optimizer state are then as before the step, .grad is empty.
-        """
+        TypeError for sparse ones; parameters and optimizer state are then as before the step, .grad is empty."""
         if self._stepping and self._ready:
             raise RuntimeError("lookahead() has returned False: call step() now, or abort()")
         if not self._stepping:
@@ -410,8 +411,7 @@ class GXPO(torch.optim.Optimizer):
 
         Three turns while active, one after fallback; after a non-finite pass 2 or 3 one more, which ends the step from
         theta0. Leaving it early (break, return, an exception that you catch) puts everything back, and the next step
-        raises RuntimeError once, unless abort() was called, so that a forgotten break cannot pass for training.
-        """
+        raises RuntimeError once, unless abort() was called, so that a forgotten break cannot pass for training."""
         yield from self._passes(self.step)  # through step(): its hooks run and schedulers see that it was called
 
     def _passes(self, last: Callable[[], Any]) -> Generator[int, None, None]:
@@ -529,9 +529,10 @@ class GXPO(torch.optim.Optimizer):
         """theta0; s0 where it may be wanted again; g0 as well where the gate compares it with g~."""
         for rows in step.rows:
             rows.theta0 = rows.copy(rows.parts())
-            rows.g0 = rows.copy(rows.grads()) if self.gate.statistic == "disagreement" else None
+            rows.g0 = rows.values(rows.grads()) if self.gate.statistic == "disagreement" else None
         if self.rollback or self.optimizer_state == "restore":
             step.state = _Snapshot(self.base, self._params())
+            _refuse_strangers(self.base, step.state.strangers)
         if not self._tried and (step.state or not self.base.state):  # else the trial would leave a trace
             _refuse_own_weights(self, step)
         self._tried = True
@@ -542,7 +543,7 @@ class GXPO(torch.optim.Optimizer):
         seen, by_gradient = [rows for rows in step.rows if rows.has_grad()], self.estimator == "gradient"
         known = by_gradient and not _pre_hooks(self.base)  # else hooks may have changed what was read
         for rows in seen:
-            rows.kept = rows.copy(rows.grads() if by_gradient else rows.parts())
+            rows.kept = rows.values(rows.grads() if by_gradient else rows.parts())
             if known:
                 rows.size = clip_coefficient(step.norms[0], self.max_grad_norm) * rows.norm
             elif by_gradient:
@@ -583,7 +584,7 @@ class GXPO(torch.optim.Optimizer):
 
     def _move(self, step: _Step) -> None:
         """theta~ = theta0 + alpha q (theta2 - theta0); q = 1 for a parameter without a g0."""
-        tied = {rows: rows.copy(rows.parts()) for rows in step.rows if rows.tied}  # before the first of them moves
+        tied = {rows: rows.values(rows.parts()) for rows in step.rows if rows.tied}  # before the first of them moves
         for rows in step.rows:
             theta2 = tied[rows] if rows.tied else rows.gather(rows.parts())
             tensors = [t for t in (theta2, rows.theta0, rows.kept) if t is not None]
@@ -601,8 +602,9 @@ class GXPO(torch.optim.Optimizer):
             _torch._foreach_mul_(grads, torch.tensor(c, dtype=dtype, device=device))
 
     def _mark_as_spent(self, step: _Step, exactly: bool = False) -> None:
+        buffers = {id(grad) for _, grad in step.buffers}
         for grad in self._grads() if step.owned else ():
-            setattr(grad, _SPENT, (id(grad), _local(grad)._version if exactly else None))
+            setattr(grad, _SPENT, _Spent(_state_of(grad) if exactly else None, id(grad) in buffers))
 
     def _empty_grad(self, step: _Step) -> None:
         """zero_grad(), but for gradients in a buffer that is somebody's: those stay, zeroed."""
@@ -647,7 +649,7 @@ class GXPO(torch.optim.Optimizer):
     def _groups(self) -> list[Any]:
         """Each group's learning rate (None for one on a device, which reading would wait for) and parameters."""
         rates = [g.get("lr") for g in self.param_groups]
-        rates = [None if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr or 0) for lr in rates]
+        rates = [lr if not isinstance(lr, Tensor) else lr.tolist() if lr.device.type == "cpu" else None for lr in rates]
         return [(lr, [id(p) for p in g["params"]]) for lr, g in zip(rates, self.param_groups, strict=True)]
 
     # -- figures, the same on every rank
@@ -752,8 +754,8 @@ class GXPO(torch.optim.Optimizer):
         )
         gate = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.gate_state).items()}
         state["gxpo"] = {"version": __version__, "gate": gate}
-        for group in state["param_groups"]:
-            group["gxpo"] = deepcopy(state["gxpo"])
+        for group in state["param_groups"]:  # as one string, because checkpoints of another length must fit
+            group["gxpo"] = {"json": json.dumps(state["gxpo"])}
         return cast("dict[str, Any]", state)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -762,6 +764,7 @@ class GXPO(torch.optim.Optimizer):
         self._require_idle("load_state_dict()")
         groups = state_dict.get("param_groups", [])
         saved: dict[str, Any] = next((d["gxpo"] for d in (state_dict, *groups) if "gxpo" in d), {"gate": {}})
+        saved = json.loads(saved["json"]) if "json" in saved else saved
         gate: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved["gate"].items()}
         gate.pop("reference", None)  # of a rule that gxpo.py once had
         unknown = gate.keys() - GateState.__dataclass_fields__.keys()
@@ -809,7 +812,8 @@ class _Step:
         self.number, self.owned = opt.gate_state.step, owned  # owned: by passes() or step(closure), which also clip the
         # last gradient; lookahead() leaves it to the trainer
         there = [(p, p.grad) for p in opt._params() if p.grad is not None]  # somebody's buffers have to stay:
-        self.buffers = [(p, g) for p, g in there if g._is_view() or (owned and not _is_spent(g))]
+        known = [(p, g, getattr(g, _SPENT, None)) for p, g in there]
+        self.buffers = [(p, g) for p, g, mark in known if g._is_view() or (mark.buffer if mark else owned)]
         self.outcome, self.why, self.passes, self.moved, self.done = "single", "", 0, False, False  # moved to theta~
         self.result: tuple[Report, GateState]
         self.norms: list[float] = []
@@ -865,8 +869,8 @@ class _Rows:
     """Tensors as the rows of one matrix: small ones of one shape and kind, so that 1,000 of them cost as few operations
     as one; or a single larger one, without a copy. Of sharded tensors, this rank's parts."""
 
-    theta0: Any = None  # copies: a matrix, or of a single tensor one of its shape
-    kept: Any = None  # g0 or theta1, then q
+    theta0: Any = None  # a copy: a matrix, or of a single tensor one like it
+    kept: Any = None  # a matrix: g0 or theta1, then q
     g0: Any = None
     norm: Tensor  # of each tensor's .grad, shape (tensors,); of the whole tensor where it is sharded
     size: Tensor  # of g0 or u0, likewise; for the estimator "tensor" at last r
@@ -889,6 +893,9 @@ class _Rows:
 
     def copy(self, tensors: list[Tensor]) -> Tensor:
         return self.gather(tensors) if len(tensors) > 1 else _clone(tensors[0])
+
+    def values(self, tensors: list[Tensor]) -> Tensor:
+        return self.gather(tensors) if len(tensors) > 1 else self.gather(tensors).clone()
 
     def gather(self, tensors: list[Tensor]) -> Tensor:
         return _flatten(tensors).view(len(tensors), -1) if len(tensors) > 1 else self.matrix(tensors[0].detach())
@@ -997,8 +1004,8 @@ class _Snapshot:
     load_state_dict, which may cast (ATM-02)."""
 
     VALUES = frozenset((type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size))
-    THEMSELVES = (type, torch.nn.Module, types.FunctionType, types.BuiltinFunctionType)  # not copied, as parameters
-    FOREIGN = ("torch.distributed", "torch.cuda", "torch._", "threading", "_thread", "weakref", "logging")
+    THEMSELVES = (type, torch.nn.Module, types.FunctionType, types.ModuleType)  # not copied, as parameters
+    FOREIGN = ("torch.distributed.", "torch.cuda.", "torch._", "threading.", "_thread.", "logging.")
 
     def __init__(self, base: torch.optim.Optimizer, params: list[Tensor]) -> None:
         self.containers: list[tuple[Any, Any]] = []  # (a dict, list, set or deque, a shallow copy)
@@ -1006,9 +1013,12 @@ class _Snapshot:
         self.generators: list[tuple[Callable[[Any], object], Any]] = []  # of random numbers
         self.opaque: dict[int, Any] = {}  # copies of what cannot be written into
         self.tensors: list[tuple[list[Tensor], list[torch.Size], Tensor]] = []  # those that are copied together
+        self.params = {id(p): p for p in params}
+        self.strangers: list[Tensor] = []  # with gradients, in inner optimizers' groups alone
         held = [leaf for p in params for t in (p, p.grad) if t is not None for leaf in _leaves(_local(t))]
-        known = {leaf.untyped_storage().data_ptr() for leaf in held}
-        seen: dict[int, Any] = {id(p): p for p in params}
+        spans = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in held]
+        self.starts, self.ends = [list(ends) for ends in zip(*sorted(spans), strict=True)] if spans else ([], [])
+        seen: dict[int, Any] = dict(self.params)
         todo: list[Any] = [base]
         alike: dict[Any, list[Tensor]] = {}
         while todo:
@@ -1016,69 +1026,102 @@ class _Snapshot:
             if type(x) in self.VALUES or id(x) in seen:
                 continue
             seen[id(x)] = x
-            if not isinstance(x, Tensor) or x.layout != torch.strided:
+            if not isinstance(x, Tensor) or type(x) not in (Tensor, torch.nn.Parameter):
                 todo += self._inside(x)
-                continue
-            for t in _leaves(x):  # but for parts of parameters, and for what is expanded, which nobody can write into
-                if t.untyped_storage().data_ptr() not in known and (t.is_contiguous() or all(t.stride())):
+            for t in _leaves(x):
+                # But for parts of parameters, and for what is expanded, which nobody can write into.
+                if t.layout != torch.strided:
+                    self.opaque[id(x)] = x.clone()
+                elif not self._is_known(t.data_ptr()) and (t.is_contiguous() or all(t.stride())):
                     small = t.numel() <= 2**14 and t.element_size() > 1
                     alike.setdefault((t.dtype, t.device) if small else id(t), []).append(t)
         for same in alike.values():
             whole = _clone(same[0]) if len(same) == 1 else _flatten(same)
             self.tensors.append((same, [t.shape for t in same], whole))
 
+    def _is_known(self, address: int) -> bool:
+        """In the memory of a parameter or of a gradient."""
+        at = bisect_right(self.starts, address) - 1
+        return at >= 0 and address < self.ends[at]
+
     def _inside(self, x: Any) -> list[Any]:
         """Note what x holds, and return it."""
-        if isinstance(x, Tensor):  # a sparse one
-            self.opaque[id(x)] = x.clone()
-            return []
-        if isinstance(x, dict | list | set | deque):
-            self.containers.append((x, x.copy()))
-            inside = list(x.values() if isinstance(x, dict) else x)
+        kind, inside = type(x), list[Any]()
+        if isinstance(x, dict):
+            self.containers.append((x, dict.copy(x)))
+            inside = list(dict.values(x))
+        elif isinstance(x, list | set | deque):
+            self.containers.append((x, list(x)))
+            inside = list(x)
         elif isinstance(x, tuple | frozenset):
-            return list(x)
+            inside = list(x)
+        elif isinstance(x, types.MappingProxyType):
+            inside = list(x.values())
         elif isinstance(x, functools.partial):
-            return [x.func, *x.args, x.keywords]
-        elif isinstance(x, types.MethodType):
+            inside = [x.func, x.args, x.keywords]
+        elif isinstance(x, types.MethodType | types.BuiltinFunctionType):
             return [x.__self__]
-        elif isinstance(x, torch.Generator):
+        elif hasattr(kind, "get_state") and hasattr(kind, "set_state"):  # torch's and numpy's old generators
             self.generators.append((x.set_state, x.get_state()))
             return []
-        elif isinstance(x, (*self.THEMSELVES, GXPO)) or type(x).__module__.startswith(self.FOREIGN):
-            return []
-        else:
-            inside = []
-            if hasattr(x, "__array_interface__") and hasattr(x, "__setitem__"):  # numpy's arrays
-                self.containers.append((x, x.copy()))
-            elif hasattr(x, "bit_generator"):  # numpy's
-                self.generators.append((functools.partial(setattr, x.bit_generator, "state"), x.bit_generator.state))
-            elif hasattr(x, "getstate") and hasattr(x, "setstate"):  # Python's random.Random
+        elif hasattr(kind, "getstate") and hasattr(kind, "setstate"):  # Python's random.Random
+            with contextlib.suppress(NotImplementedError):  # the system's has no state
                 self.generators.append((x.setstate, x.getstate()))
-            elif not hasattr(x, "__dict__") and not hasattr(type(x), "__slots__"):  # itertools' counters
-                with contextlib.suppress(Exception):  # what cannot be copied cannot be kept
-                    self.opaque[id(x)] = deepcopy(x)
-        slots = [name for kind in type(x).__mro__ for name in vars(kind).get("__slots__", ()) if hasattr(x, name)]
-        self.slots += [(x, name, getattr(x, name)) for name in slots if not name.startswith("__")]
-        if hasattr(x, "__dict__"):
-            self.containers.append((x.__dict__, x.__dict__.copy()))
+            return []
+        elif hasattr(kind, "bit_generator") or hasattr(kind, "random_raw"):  # numpy's
+            bits = getattr(x, "bit_generator", x)
+            self.generators.append((functools.partial(setattr, bits, "state"), bits.state))
+            return []
+        elif isinstance(x, (*self.THEMSELVES, GXPO)) or (
+            not isinstance(x, torch.optim.Optimizer) and f"{kind.__module__}.".startswith(self.FOREIGN)
+        ):
+            return []
+        elif hasattr(kind, "__array_interface__"):  # numpy's
+            address, read_only = cast("Any", x).__array_interface__["data"]
+            if hasattr(kind, "__setitem__") and not read_only and not self._is_known(address):
+                self.containers.append((x, deepcopy(x)))
+        elif not hasattr(x, "__dict__") and not hasattr(kind, "__slots__") and not isinstance(x, Tensor):
+            with contextlib.suppress(Exception):  # itertools' counters; what cannot be copied cannot be kept
+                self.opaque[id(x)] = deepcopy(x, dict(self.params))
+        for owner in kind.__mro__:
+            names = vars(owner).get("__slots__", ())
+            for name in [names] if isinstance(names, str) else names:
+                name = f"_{owner.__name__.lstrip('_')}{name}" if name[:2] == "__" and name[-2:] != "__" else name
+                if name[:2] != "__":
+                    self.slots.append((x, name, getattr(x, name, _Aborted)))
+                    inside.append(getattr(x, name, None))
+        if isinstance(x, torch.optim.Optimizer):
+            inner = [p for group in getattr(x, "param_groups", []) for p in group["params"]]
+            self.strangers += [p for p in inner if id(p) not in self.params and p.grad is not None]
+        if isinstance(attributes := getattr(x, "__dict__", None), dict):
+            self.containers.append((attributes, attributes.copy()))
             hooks = "_hooks" if isinstance(x, torch.optim.Optimizer) else "\0"
-            inside += [value for name, value in x.__dict__.items() if not name.endswith(hooks)]
-        return inside + [getattr(x, name) for name in slots]
+            inside += [value for name, value in attributes.items() if not str(name).endswith(hooks)]
+        return inside
 
     def put_back(self, failed: bool = False) -> None:
         """`failed`: the generators of random numbers as well, which under "restore" go on."""
+        fresh: dict[int, Any] = {}
         for x, old in self.containers:
             if isinstance(x, dict):
-                for name in x.keys() - old.keys():
-                    del x[name]
-                x.update({k: self._fresh(v) for k, v in old.items()} if self.opaque else old)
-            elif isinstance(x, list | set | deque):
-                x.clear()
-                (x.update if isinstance(x, set) else x.extend)([self._fresh(v) for v in old])
+                plain: Any = OrderedDict if isinstance(x, OrderedDict) else dict  # not what a subclass made of it
+                if len(x) != len(old) or any(
+                    a is not b and a != b for a, b in zip(x, old, strict=True)
+                ):  # the order, too
+                    plain.clear(x)
+                for name, value in old.items():
+                    plain.__setitem__(x, name, self._fresh(value, fresh))
+            elif isinstance(x, (list, set, deque)):
+                kind: Any = next(k for k in (list, set, deque) if isinstance(x, k))  # not what a subclass made of it
+                kind.clear(x)
+                getattr(kind, "update" if kind is set else "extend")(x, [self._fresh(value, fresh) for value in old])
             else:
                 x[...] = old
         for x, name, value in self.slots:
-            object.__setattr__(x, name, self._fresh(value))
+            if value is not _Aborted:
+                object.__setattr__(x, name, self._fresh(value, fresh))
+            elif hasattr(x, name):
+                object.__delattr__(x, name)
         for same, shapes, whole in self.tensors:
             copies = [whole] if len(same) == 1 else torch.split(whole, [math.prod(shape) for shape in shapes])
             for t, saved, shape in zip(same, copies, shapes, strict=True):
@@ -1086,8 +1129,13 @@ class _Snapshot:
         for restore, state in self.generators if failed else ():
             restore(state)
 
-    def _fresh(self, x: Any) -> Any:
-        return deepcopy(self.opaque[id(x)]) if id(x) in self.opaque else x
+    def _fresh(self, x: Any, made: dict[int, Any]) -> Any:
+        """x; of what cannot be written into a new copy, one for all its holders. A tuple of such is made anew."""
+        if id(x) in self.opaque:
+            made.setdefault(id(x), deepcopy(self.opaque[id(x)], dict(self.params)))
+            return made[id(x)]
+        items = tuple(self._fresh(item, made) for item in x) if self.opaque and type(x) is tuple else ()
+        return items if any(a is not b for a, b in zip(items, x if items else (), strict=True)) else x
 
 
 def _pre_hooks(base: torch.optim.Optimizer) -> bool:
@@ -1136,7 +1184,7 @@ class _RandomNumbers:
 
 # ------------------------------------------------------------------------------------------------ what users get wrong
 
-_SPENT = "_spent_by_gxpo"  # mark of a gradient that a step has used up: its id and version then
+_SPENT = "_spent_by_gxpo"
 
 
 class _Aborted(BaseException):
@@ -1144,12 +1192,12 @@ class _Aborted(BaseException):
 
 
 def _check_arguments(opt: GXPO, base: torch.optim.Optimizer, gate: Gate | None) -> None:
-    kind = type(base)
-    if kind.__module__.startswith("deepspeed") or kind.__name__ == "ZeroRedundancyOptimizer":
+    kind, package = type(base), type(base).__module__.split(".")[0]
+    if package == "deepspeed" or kind.__name__ == "ZeroRedundancyOptimizer":
         raise TypeError(f"{kind} keeps its state on other ranks and steps by itself: use FSDP2 or DDP")
     if not isinstance(base, torch.optim.Optimizer) or isinstance(base, GXPO | torch.optim.LBFGS):
         raise TypeError(f"base must be a torch.optim.Optimizer that steps without a closure, got {kind}")
-    if kind.__module__.startswith("accelerate"):
+    if package == "accelerate":
         raise TypeError(f"{kind} only wraps an optimizer: give that one to GXPO, and GXPO to prepare()")
     if not hasattr(base, "_optimizer_state_dict_pre_hooks"):  # Optimizer.__init__ has not run
         raise TypeError(
@@ -1201,16 +1249,33 @@ def _refuse_to_begin(opt: GXPO, owned: bool) -> None:
     for grad in opt._grads() if owned else ():
         # Zeros made beforehand are none. Of a sharded gradient a rank sees its part alone: any that is new is refused.
         new_shard = hasattr(grad, "to_local") and not hasattr(grad, _SPENT)
-        if not _is_spent(grad) and (new_shard or _local(grad).count_nonzero()):
+        if not _is_spent(grad) and (new_shard or grad.layout != torch.strided or _local(grad).count_nonzero()):
             raise RuntimeError(
                 "there are gradients that no pass has made, and this step would lose them: every micro-batch belongs "
                 "into every pass (with Lightning, accumulate_grad_batches=1). If they are old ones, zero_grad() first"
             )
 
 
+class _Spent:
+    """The mark of a gradient that a step has used up: its state then (None: any), and whether the buffer is somebody's.
+    A copy of the gradient, by deepcopy or pickle, begins as used up, too."""
+
+    def __init__(self, state: tuple[int, int] | None, buffer: bool) -> None:
+        self.state, self.buffer = state, buffer
+
+    def __reduce__(self) -> Any:
+        return _Spent, ((-1, 0), self.buffer)
+
+
+def _state_of(grad: Tensor) -> tuple[int, int]:
+    return _local(grad)._version, _local(grad).data_ptr()
+
+
 def _is_spent(grad: Tensor) -> bool:
-    mark = getattr(grad, _SPENT, None)  # a deepcopy has it, too, and another version
-    return mark is not None and (mark[1] in (None, _local(grad)._version) or mark[0] != id(grad))
+    mark = getattr(grad, _SPENT, None)
+    if mark is not None and mark.state == (-1, 0):  # a copy, which torch makes with one write or none
+        return _local(grad)._version <= 1
+    return mark is not None and mark.state in (None, _state_of(grad))
 
 
 def _check_pass(opt: GXPO, step: _Step) -> None:
@@ -1273,43 +1338,33 @@ def _refuse_grad_scaler(opt: GXPO) -> None:
         )
 
 
+def _refuse_strangers(base: torch.optim.Optimizer, strangers: list[Tensor]) -> None:
+    if strangers:
+        raise RuntimeError(
+            f"{type(base)} has inner optimizers with {len(strangers)} parameters that are not in its own param_groups, "
+            "and GXPO could not move those: put all parameters into the groups, or a GXPO around each of the optimizers"
+        )
+
+
 def _refuse_own_weights(opt: GXPO, step: _Step) -> None:
     """A base that writes the parameters from a copy of its own would overwrite theta~, and nobody would notice. What it
     does tells: push some coordinates, let it step, and see whether the push is still there. Then all is put back."""
     params = opt._params()
     state, numbers = step.state or _Snapshot(opt.base, params), _RandomNumbers(params, required=False)
-    drawn, grads = numbers.now(), [(p, p.grad, _clone(p.grad)) for p in params if p.grad is not None]
-    all_rows = [rows for rows in step.rows if rows.gather(rows.parts()).numel()]
-
-    def step_without_hooks() -> list[Tensor]:
-        getattr(type(opt.base).step, "__wrapped__", type(opt.base).step)(opt.base)
-        for p, grad, old in grads:
-            p.grad = grad.copy_(old)
-        return values()
-
-    def values() -> list[Tensor]:
-        some = (rows.gather(rows.parts())[:, :64] for rows in all_rows)
-        return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in some]
-
-    step_without_hooks()  # the first step may project, say
-    lost = True
-    for _ in range(2):  # an average may forget everything once, in its first step
-        before, here, pushes = values(), step_without_hooks(), []
-        for rows, start, end in zip(all_rows, before, here, strict=True):
-            moved, size = (end - start).abs().amax(1), end.abs().amax(1)
-            far = (200 * moved).minimum(size.maximum(20 * moved))  # far more than a step, no more than the weights
-            signs = torch.arange(end.shape[1], device=end.device) * 0.618034 % 1 < 0.5  # no pattern that updates have
-            pushes.append(far.where(far > 0, 1.0).view(-1, 1) * (2.0 * signs - 1.0))
-            whole = rows.gather(rows.parts())
-            whole[:, :64] += pushes[-1].to(whole.dtype)
-            rows.write(whole)
-        after = zip(step_without_hooks(), here, pushes, strict=True)
-        left = [((end - start) * push).sum(1) / (push * push).sum(1) for end, start, push in after]
-        lost = lost and any(bool((share < 0.03).any()) for share in left)
+    drawn, grads = numbers.now(), [(p, p.grad, None if p.grad is None else _clone(p.grad)) for p in params]
+    lost = False
+    try:
+        lost = _pushes_are_lost(opt.base, [rows for rows in step.rows if rows.gather(rows.parts()).numel()], grads)
+    except Exception:  # a base that takes no gradient twice, say: its own steps will tell
+        lost = False
     for back in [back for rows in step.rows for back in rows.ways_back()]:
         back()
     state.put_back(failed=True)
     numbers.go_to(drawn)
+    for p, grad, old in grads:
+        p.grad = grad if grad is None or old is None else grad.copy_(old)
+    grads.clear()  # or a traceback would keep them, and this:
+    del state
     if any(row[0] for row in opt._everyone([lost])):
         raise RuntimeError(
             f"{type(opt.base)} keeps a copy of its own of the weights (float32 masters, say, or dual averaging) and "
@@ -1318,9 +1373,47 @@ def _refuse_own_weights(opt: GXPO, step: _Step) -> None:
         )
 
 
+def _pushes_are_lost(base: torch.optim.Optimizer, all_rows: list[_Rows], grads: list[Any]) -> bool:
+    """Whether some tensor twice shows nothing of a push; once it may, by an average in its first step or a bound."""
+
+    def step_without_hooks() -> None:
+        unhooked = functools.partial(getattr(type(base).step, "__wrapped__", type(base).step), base)
+        vars(base).get("step", unhooked)()
+        for p, grad, old in grads:
+            p.grad = grad if grad is None else grad.copy_(old)
+
+    def values() -> list[Tensor]:
+        some = (rows.gather(rows.parts())[:, :64] for rows in all_rows)
+        return [t.to(torch.promote_types(t.dtype, torch.float32), copy=True) for t in some]
+
+    step_without_hooks()  # the first step may project, say
+    lost: list[Tensor] = []
+    for sign in (1.0, -1.0):
+        before = values()
+        step_without_hooks()
+        here = values()
+        moved = [(end - start).abs().amax(1) for start, end in zip(before, here, strict=True)]
+        for rows, end, far in zip(all_rows, here, moved, strict=True):
+            far = (200 * far).minimum(end.abs().amax(1).maximum(20 * far))  # more than a step, no more than the weights
+            signs = torch.arange(end.shape[1], device=end.device) * 0.618034 % 1 < 0.5  # no pattern that updates have
+            whole = rows.gather(rows.parts())
+            whole[:, :64] += (sign * far.where(far > 0, 1.0).view(-1, 1) * (2.0 * signs - 1.0)).to(whole.dtype)
+            rows.write(whole)
+        pushes = [t - end for t, end in zip(values(), here, strict=True)]  # as they came to be
+        step_without_hooks()
+        left = [((t - end) * push).sum(1) for t, end, push in zip(values(), here, pushes, strict=True)]
+        sizes = [(push * push).sum(1) for push in pushes]
+        seen = [(size > 0) & (far > 0) for size, far in zip(sizes, moved, strict=True)]
+        if not any(bool(some.any()) for some in seen):  # at a rate of 0 nothing moves
+            seen = [size > 0 for size in sizes]
+        gone = [some & (share < 0.03 * size) for some, share, size in zip(seen, left, sizes, strict=True)]
+        lost = [a & b for a, b in zip(lost, gone, strict=True)] if lost else gone
+    return any(bool(some.any()) for some in lost)
+
+
 def _is_a_checkpoint_tool(opt: GXPO) -> bool:
     """torch.distributed.checkpoint makes an optimizer's state by a step at a rate of 0 with gradients of 0."""
-    idle = all("lr" in group and float(group["lr"]) == 0 for group in opt.param_groups)
+    idle = all(float(group.get("lr", 0)) == 0 for group in opt.param_groups)
     return not opt.state and idle and bool(opt._grads()) and not any(_local(g).count_nonzero() for g in opt._grads())
 
 

@@ -18,9 +18,6 @@ from gxpo import GXPO, Gate
 from gxpo import Report as Told
 
 SHARDED, FULL = "SHARDED_STATE_DICT", "FULL_STATE_DICT"  # the first is accelerate's default under FSDP2
-NO_REPORT = pytest.mark.xfail(
-    reason="torch makes the state by a step, and the trainer logs after every step: there is no report yet", strict=True
-)
 
 
 def all_of(model: nn.Module, optimizer: GXPO) -> dict[str, Any]:
@@ -157,7 +154,6 @@ def with_trl(rank: int, world: int, folder: str, form: str, checkpoint: str | No
     return all_of(trainer.model_wrapped, trainer.gxpo), reports
 
 
-@NO_REPORT
 @pytest.mark.parametrize("form", [SHARDED, FULL])
 def test_trl_resumes_bit_for_bit(ranks: Ranks, tmp_path: Path, form: str) -> None:
     pytest.importorskip("trl", reason="TRL is not installed: pip install -e '.[trl]'")

@@ -143,6 +143,8 @@ class GXPOMixin(_Base):
         return self.optimizer
 
     def _gxpo_log(self, optimizer: GXPO, *_: Any) -> None:
+        if not optimizer.gate_state.step:  # a checkpoint tool's step, which makes the state and is none of training
+            return
         for name, value in optimizer.report.metrics().items():
             self._metrics["train"][name].append(value)
 
