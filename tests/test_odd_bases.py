@@ -7,7 +7,7 @@ import copy
 import itertools
 import random
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -128,7 +128,7 @@ def test_counts_in_odd_places(policy: str, with_failure: bool) -> None:
 
 
 class Drawing(torch.optim.SGD):
-    drawn: list[float] = []  # of the class, where no snapshot comes
+    drawn: ClassVar[list[float]] = []  # of the class, where no snapshot comes
 
     def __init__(self, params: list[Tensor], **options: Any) -> None:
         super().__init__(params, **options)
