@@ -161,7 +161,7 @@ def test_gxpo_py_stands_alone() -> None:
     """People copy the one file: it may import torch and the standard library only, and says what it is."""
     text = Path(gxpo.__file__).read_text(encoding="utf-8")
     imported = set(re.findall(r"^(?:from|import) (\w+)", text, re.M))
-    assert imported <= {"__future__", "torch", "contextlib", "dataclasses", "functools", "math",
+    assert imported <= {"__future__", "torch", "bisect", "contextlib", "dataclasses", "functools", "json", "math",
                         "collections", "copy", "types", "typing", "warnings"}  # fmt: skip
     head = "\n".join(text.splitlines()[:3])
     assert f"gxpo.py {gxpo.__version__}" in head
