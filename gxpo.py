@@ -703,8 +703,8 @@ class GXPO(torch.optim.Optimizer):
         figures += [self._loss.reshape(1)] if isinstance(self._loss, Tensor) else []
         dtype = functools.reduce(torch.promote_types, {figure.dtype for figure in figures}, torch.float32)
         read = torch.cat([figure.to(figures[0].device, dtype) for figure in figures]).tolist()  # HOST SYNC
-        loss, self._loss = (read.pop() if isinstance(self._loss, Tensor) else self._loss, None)
-        norms, dots = (sum(len(rows.params) for rows in seen), sum(len(rows.params) for rows in pairs))
+        loss, self._loss = read.pop() if isinstance(self._loss, Tensor) else self._loss, None
+        norms, dots = sum(len(rows.params) for rows in seen), sum(len(rows.params) for rows in pairs)
         norm, tallies = math.hypot(*read[:norms]), read[norms + dots :]
         coordinates = max(1, sum(len(rows.params) * rows.numel for rows in kept))
         step.means = [math.fsum(tallies[n::3]) / coordinates for n in range(3)] if kept else [None] * 3
@@ -790,7 +790,7 @@ class GXPO(torch.optim.Optimizer):
         self._run = self._loss = self._supplied = self.process_group = None
         self._ready = self._left = self._tried = False
         self._begun, self._standing = 0, (0.0, 0.0)
-        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = (OrderedDict(), OrderedDict())
+        self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
         for kind in ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post"):
             registry = f"_optimizer_{kind}_hooks"  # these run where the work is done, in the base
             setattr(self, registry, getattr(self.base, registry))
@@ -1105,9 +1105,8 @@ class _Snapshot:
         for x, old in self.containers:
             if isinstance(x, dict):
                 plain: Any = OrderedDict if isinstance(x, OrderedDict) else dict  # not what a subclass made of it
-                if len(x) != len(old) or any(
-                    a is not b and a != b for a, b in zip(x, old, strict=True)
-                ):  # the order, too
+                same_keys = len(x) == len(old) and all(a is b or a == b for a, b in zip(x, old, strict=True))
+                if not same_keys:  # in the same order, too
                     plain.clear(x)
                 for name, value in old.items():
                     plain.__setitem__(x, name, self._fresh(value, fresh))
@@ -1352,7 +1351,6 @@ def _refuse_own_weights(opt: GXPO, step: _Step) -> None:
     params = opt._params()
     state, numbers = step.state or _Snapshot(opt.base, params), _RandomNumbers(params, required=False)
     drawn, grads = numbers.now(), [(p, p.grad, None if p.grad is None else _clone(p.grad)) for p in params]
-    lost = False
     try:
         lost = _pushes_are_lost(opt.base, [rows for rows in step.rows if rows.gather(rows.parts()).numel()], grads)
     except Exception:  # a base that takes no gradient twice, say: its own steps will tell

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from odd_optimizers import closure_of, q_of
 from torch import Tensor
 
 Make = Callable[[list[Tensor]], Any]
@@ -58,14 +59,6 @@ def loss_of(params: list[Tensor]) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------- the step
 
 
-def q_of(before: Tensor, after: Tensor) -> Tensor:
-    """S_K(r) / S_2(r) between 1 and K/2 + 1; 1 where a coordinate takes no part."""
-    before, after = before.double(), after.double()
-    takes_part = before.abs() > 1e-3 * before.square().mean().sqrt()
-    r = torch.where(takes_part, after / before, 0.0).clamp(-2.0, 3.0)
-    return (sum(r**n for n in range(HORIZON)) / (1.0 + r)).clamp(1.0, HORIZON / 2 + 1)
-
-
 class ByHand:
     """GXPO's step. Under "restore" the fast steps leave the base as it was, so that its state is that of a new base
     which has made the earlier last steps alone: those, at their points and with their gradients, are what is kept."""
@@ -86,7 +79,7 @@ class ByHand:
             self.params, self.base = self._replayed()
         with torch.no_grad():
             for p, origin, a, b, move in zip(self.params, theta0, g0, g1, moves, strict=True):
-                p.copy_(origin.double() + ALPHA * q_of(a, b) * move.double())
+                p.copy_(origin.double() + ALPHA * q_of(a.double(), b.double(), HORIZON) * move.double())
         self.last_steps.append(self._take_step())
 
     def _take_step(self) -> tuple[tuple[Any, ...], list[Tensor], list[Tensor]]:
@@ -133,19 +126,8 @@ def copied(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_step(opt: Any, params: list[Tensor], n: int, fail_in_pass: int = 0) -> None:
-    calls = 0
-
-    def closure() -> Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == fail_in_pass:
-            raise ZeroDivisionError("a pass that fails")
-        loss = loss_of(params)
-        loss.backward()
-        return loss
-
     seed(n)
-    opt.step(closure)
+    opt.step(closure_of(params, loss_of, fail_in_pass))
 
 
 # ----------------------------------------------------------------------------------------------------------- the record
