@@ -78,7 +78,7 @@ class CorePort:
         self.name, self.start = self.whole.name + ", core", self.whole.start
 
     def capabilities(self) -> dict[str, Any]:
-        core = {key: [choice] for key, choice in CORE.items()}
+        core = {key: [enough[0]] for key, enough in CORE.items()}
         return {**core, "dtypes": ["float64"], "devices": ["cpu"], "optimizer_state": ["keep"]}
 
 

@@ -21,8 +21,13 @@ DTYPES = ("float64", "float32", "bfloat16")
 class Session(Protocol):
     """One training run."""
 
-    def step(self, grad: Gradient) -> None:
-        """One outer step. Each call of `grad` is one backward pass, and is counted. What `grad` raises comes out."""
+    def step(self, grad: Gradient, *, statistic: float | None = None) -> None:
+        """One outer step. Each call of `grad` is one backward pass, and is counted. What `grad` raises comes out.
+
+        `statistic`: what the caller measured at theta0 (the policy's entropy, say), for a gate whose statistic is
+        "supplied". It is passed in every step of such a session, single passes too, and in no other session: a port
+        that does not declare "supplied" may do without the argument.
+        """
         ...
 
     def params(self) -> Arrays:
@@ -58,21 +63,26 @@ CAPABILITIES: dict[str, tuple[str, ...] | type[bool]] = {
     "optimizers": ("sgd", "adamw"),
     "estimators": ("gradient", "displacement", "tensor"),
     "optimizer_state": ("keep", "restore"),
-    "gate_statistics": ("corrective_norm", "initial_norm", "disagreement", "never"),
+    "gate_statistics": ("corrective_norm", "initial_norm", "disagreement", "supplied", "never"),
     "gate_baselines": ("window", "ema"),
     "gate_options": ("patience", "two_sided", "warmup", "cooldown", "max_active_steps"),
     "max_grad_norm": bool,
     "checkpoint": bool,
-    "nonfinite": bool,
+    "nonfinite_gradients": bool,
+    "nonfinite_losses": bool,
     "exceptions": bool,
 }
-# Without these there is nothing to certify: the core of the method.
-CORE = {
-    "optimizers": "sgd",
-    "estimators": "gradient",
-    "gate_statistics": "corrective_norm",
-    "gate_baselines": "window",
+# What a declaration may still say, and what that means; the names above win over it.
+FORMER = {"nonfinite": ("nonfinite_gradients", "nonfinite_losses")}
+# Without one of these for each key there is nothing to certify: the core of the method.
+CORE: dict[str, tuple[str, ...]] = {
+    "optimizers": ("sgd",),
+    "estimators": ("gradient",),
+    "gate_statistics": ("corrective_norm",),
+    "gate_baselines": ("window", "ema"),
 }
+# How many choices of a list the core has: one more is an option. Dtypes and devices are where it runs, no options.
+CORE_CHOICES = {**dict.fromkeys(CORE, 1), "optimizer_state": 1, "gate_options": 0}
 
 
 def everything() -> dict[str, Any]:
@@ -93,27 +103,31 @@ class PortError(Exception):
 
 
 def check_capabilities(declared: object) -> dict[str, Any]:
-    """The declaration, checked. Raises AdapterError that names the key, the choices and what was declared."""
+    """The declaration, checked, with every key of CAPABILITIES and no other. Raises AdapterError that names the key,
+    the choices and what was declared."""
     if not isinstance(declared, dict):
         raise AdapterError(f"capabilities() must return a dict, got {type(declared).__name__}")
     for key in declared:
-        if key not in CAPABILITIES:
+        if key not in CAPABILITIES and key not in FORMER:
             raise AdapterError(f"capabilities() has an unknown key {key!r}; known: {', '.join(CAPABILITIES)}")
+    given = {new: declared[old] for old, means in FORMER.items() if old in declared for new in means} | declared
     checked: dict[str, Any] = {}
     for key, choices in CAPABILITIES.items():
         if isinstance(choices, tuple):
-            values = declared.get(key, [])
+            values = given.get(key, [])
             wrong = [v for v in values if v not in choices] if isinstance(values, list | tuple) else [values]
             if wrong:
                 raise AdapterError(f"capabilities()[{key!r}] must be a list out of {list(choices)}, got {values!r}")
-            checked[key] = list(values)
+            checked[key] = list(dict.fromkeys(values))
         else:
-            if not isinstance(declared.get(key, False), bool):
-                raise AdapterError(f"capabilities()[{key!r}] must be true or false, got {declared[key]!r}")
-            checked[key] = declared.get(key, False)
-    for key, needed in CORE.items():
-        if needed not in checked[key]:
-            raise AdapterError(f"capabilities()[{key!r}] must hold {needed!r}, the core; got {checked[key]!r}")
+            if not isinstance(given.get(key, False), bool):
+                said = key if key in declared else next(old for old, means in FORMER.items() if key in means)
+                raise AdapterError(f"capabilities()[{said!r}] must be true or false, got {given[key]!r}")
+            checked[key] = given.get(key, False)
+    for key, enough in CORE.items():
+        if not set(enough) & set(checked[key]):
+            needed = " or ".join(map(repr, enough))
+            raise AdapterError(f"capabilities()[{key!r}] must hold {needed}, the core; got {checked[key]!r}")
     for key in ("dtypes", "devices", "optimizer_state"):
         if not checked[key]:
             raise AdapterError(f"capabilities()[{key!r}] must name at least one of {everything()[key]}")
@@ -123,8 +137,17 @@ def check_capabilities(declared: object) -> dict[str, Any]:
 
 
 def declares(capabilities: dict[str, Any], need: str) -> bool:
-    """Whether "key" or "key:value" is declared."""
+    """Whether `need` is met: "key" or "key:value" of a declaration; "options": something beyond the core, be it a
+    second choice; "in process": the port lives in the suite's own process, which the suite notes in `capabilities`."""
+    if need == "in process":
+        return capabilities.get(need, True)
+    if need == "options":
+        return any(len(capabilities[key]) > least for key, least in CORE_CHOICES.items()) or any(
+            capabilities[key] for key, choices in CAPABILITIES.items() if choices is bool
+        )
     key, _, value = need.partition(":")
+    if key in FORMER:
+        return all(capabilities[means] for means in FORMER[key])
     return value in capabilities[key] if value else capabilities[key]
 
 

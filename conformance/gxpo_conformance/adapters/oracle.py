@@ -22,8 +22,8 @@ class Session:
     def __init__(self, oracle: Oracle) -> None:
         self.oracle = oracle
 
-    def step(self, grad: Gradient) -> None:
-        self.oracle.step(grad)
+    def step(self, grad: Gradient, *, statistic: float | None = None) -> None:
+        self.oracle.step(grad, statistic)
 
     def params(self) -> Arrays:
         return {k: v.copy() for k, v in self.oracle.params.items()}

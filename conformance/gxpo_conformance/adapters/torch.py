@@ -28,9 +28,11 @@ class Session:
         del settings["optimizer"]
         self.opt = gxpo.GXPO(BASES[base.pop("name")](self.theta.values(), **base), **settings)
 
-    def step(self, grad: Gradient) -> None:
+    def step(self, grad: Gradient, *, statistic: float | None = None) -> None:
         def closure() -> float:
             loss, grads = grad(self.params())
+            if statistic is not None:
+                self.opt.observe(statistic=statistic)
             for k, p in self.theta.items():
                 p.grad = torch.as_tensor(grads[k]).to(p)
             return loss
