@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     commands = parser.add_subparsers(required=True, metavar="budgets | speed")
     budget = commands.add_parser("budgets", help="rounding budgets that a right implementation needs")
-    budget.add_argument("--impl", default="", help="the port's adapter (default: the bundled gxpo.py)")
+    budget.add_argument("--impl", help="the port's adapter (default: the bundled gxpo.py)")
     budget.add_argument("--cases", type=int, default=200, help="random cases a cell (default: %(default)s)")
     budget.add_argument("--seed", type=int, default=0, help="of the random cases (default: %(default)s)")
     budget.set_defaults(function=budgets)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gxpo_conformance import interrupt
 from gxpo_conformance.clauses.table import CHECKS, Clause, clauses
 from gxpo_conformance.harness.case import Case, as_case
 from gxpo_conformance.harness.findings import Failure, Finding
@@ -18,7 +19,7 @@ from gxpo_conformance.protocol import DTYPES, AdapterError, Port, check_capabili
 
 PASS, FAIL, ERROR, KNOWN = "pass", "fail", "error", "known-fail"
 BLOCKED, UNDECLARED, NOT_RUN = "blocked", "undeclared", "not run"
-VERDICTS = (ERROR, FAIL, KNOWN, BLOCKED, PASS, UNDECLARED, NOT_RUN)  # the worst first
+VERDICTS = (FAIL, KNOWN, BLOCKED, ERROR, PASS, UNDECLARED, NOT_RUN)  # the worst first; an error is a pass, ill listed
 MOST_TIME_OUTS = 3  # then the rest is blocked: eighty time limits one after another would look like a stuck run
 
 
@@ -49,6 +50,8 @@ class Verdict:
     dtypes: list[str]
     capabilities: dict[str, Any]
     results: dict[str, dict[str, Result]] = field(default_factory=dict)
+    known: Mapping[str, Known] = field(default_factory=dict)  # what --known lists
+    interrupted: str = ""  # "after 31 of 75 clauses", where Ctrl-C ended it
 
     def every(self) -> list[Result]:
         return [r for dtypes in self.results.values() for r in dtypes.values()]
@@ -68,12 +71,45 @@ class Verdict:
 
     @property
     def failed(self) -> list[str]:
-        return self.which(FAIL, ERROR)
+        return self.which(FAIL)
+
+    @property
+    def stale(self) -> list[str]:
+        """What is listed as known to fail and passes, in words."""
+        said = []
+        for number, results in self.results.items():
+            passing = [r.dtype for r in results.values() if r.verdict == ERROR]
+            failing = [r.dtype for r in results.values() if r.verdict == KNOWN]
+            if passing and failing:
+                listed = ", ".join(f'"{dtype}"' for dtype in failing)
+                said.append(
+                    f"{number} passes in {', '.join(passing)}, though --known lists it as failing there: "
+                    f"let its entry say dtypes = [{listed}]"
+                )
+            elif passing:
+                said.append(f"{number} passes, though --known lists it as failing: take it off the list")
+        return said
+
+    @property
+    def notes(self) -> list[str]:
+        """What of --known this run had no use for, in words; it changes no verdict."""
+        said = []
+        for number, entry in self.known.items():
+            found = self.of(number)
+            absent = [dtype for dtype in entry.dtypes if dtype not in self.dtypes]
+            if found == UNDECLARED:
+                needs = ", ".join(clauses()[number].needs)
+                said.append(f"--known lists {number}, which this port does not declare (it needs {needs})")
+            elif found in (BLOCKED, NOT_RUN) and not self.interrupted:
+                said.append(f"--known lists {number}, which was not run ({found})")
+            elif absent:
+                said.append(f"--known lists {number} in {', '.join(absent)}, which was not run")
+        return said
 
     @property
     def complete(self) -> bool:
         """Every MUST ran, and passed or is known to fail."""
-        return self.count("MUST", PASS, KNOWN) == self.must
+        return self.count("MUST", PASS, KNOWN, ERROR) == self.must
 
     @property
     def must(self) -> int:
@@ -84,8 +120,8 @@ class Verdict:
         not_run = sum(self.count(level, BLOCKED, NOT_RUN) for level in ("MUST", "OPTION"))
         known = len(self.which(KNOWN))
         return (
-            f"{self.count('MUST', PASS)}/{self.must} MUST, "
-            f"{self.count('OPTION', PASS)}/{self.declared} declared options, {not_run} not run"
+            f"{self.count('MUST', PASS, ERROR)}/{self.must} MUST, "
+            f"{self.count('OPTION', PASS, ERROR)}/{self.declared} declared options, {not_run} not run"
             + (f", {known} known to fail" if known else "")
         )
 
@@ -96,18 +132,28 @@ class Verdict:
 
     @property
     def words(self) -> str:
+        return "; ".join([self.judgement, *self.stale])
+
+    @property
+    def judgement(self) -> str:
+        """The verdict, without what is to be said of --known."""
+        if self.interrupted:
+            so_far = f"failed so far: {', '.join(self.failed)}" if self.failed else "none of those that ran failed"
+            return f"interrupted {self.interrupted}; {so_far}"
         if self.failed:
             return f"not conformant: {', '.join(self.failed)}"
         if not self.complete:
             return "incomplete"
         if self.which(KNOWN):
             return f"not conformant, as known: {', '.join(self.which(KNOWN))}"
-        passed = self.count("OPTION", PASS)
+        passed = self.count("OPTION", PASS, ERROR)
         return "conformant (core + the declared options)" if passed == self.declared > 0 else "conformant (core)"
 
     @property
     def exit_status(self) -> int:
-        return 1 if self.failed else 0 if self.complete else 3
+        if self.interrupted:
+            return interrupt.STATUS
+        return 1 if self.failed or self.stale else 0 if self.complete else 3
 
 
 class Trial:
@@ -130,7 +176,9 @@ class Trial:
             name = str(port.name)
         except AdapterError:
             raise
-        except Exception as error:
+        except BaseException as error:  # SystemExit as well, and whatever else a port may raise
+            if interrupt.is_the_users(error):
+                raise
             raise AdapterError(f"the adapter broke before the first step: {error!r}") from error
         chosen = list(dtypes or [d for d in DTYPES if d in declared["dtypes"]])
         for what, wanted in (("dtypes", chosen), ("devices", [device])):
@@ -139,8 +187,8 @@ class Trial:
                 raise AdapterError(f"{name} does not declare {', '.join(missing)} among its {what}: {declared[what]}")
         limit = None if hasattr(port, "time_limit") else time_limit  # a port in a process of its own keeps time itself
         self.harnesses = {dtype: Harness(port, declared, dtype, device, limit) for dtype in chosen}
-        self.verdict = Verdict(name, device, chosen, declared)
         self.known = known or {}
+        self.verdict = Verdict(name, device, chosen, declared, known=self.known)
         self.timed_out: list[str] = []
 
     def settle(self, number: str) -> dict[str, Result]:
@@ -171,7 +219,7 @@ class Trial:
         seconds = time.perf_counter() - began
         known = known if known and (not known.dtypes or harness.dtype in known.dtypes) else None
         if failure is None and known:
-            message = f"passes, though it is listed as known to fail ({known.reason}): take it off the list"
+            message = f"passes, though --known lists it as failing ({known.reason}): take it off the list"
             return Result(clause, harness.dtype, ERROR, message, known=known, seconds=seconds)
         if failure is None:
             return Result(clause, harness.dtype, PASS, seconds=seconds)
@@ -214,10 +262,15 @@ def judge(
     known: Mapping[str, Known] | None = None,
     time_limit: float = TIME_LIMIT,
 ) -> Verdict:
-    """Judge `port` by every clause, or by those that `only` names (EXT, GAT-07). Raises as Trial does."""
+    """Judge `port` by every clause, or by those that `only` names (EXT, GAT-07). Raises as Trial does. Where the user's
+    Ctrl-C comes (interrupt.py), the verdict is on what ran so far, and says so."""
     trial = Trial(port, dtypes, device, known, time_limit)
-    for number, clause in clauses().items():
-        if not only or any(number.startswith(o) for o in only):
+    chosen = [number for number in clauses() if not only or any(number.startswith(o) for o in only)]
+    try:
+        for number in chosen:
             trial.settle(number)
-            on_clause(clause, trial.verdict)
+            on_clause(clauses()[number], trial.verdict)
+    except interrupt.Interrupted:
+        done = sum(number in trial.verdict.results for number in chosen)
+        trial.verdict.interrupted = f"after {done} of {len(chosen)} clauses"
     return trial.verdict

@@ -7,7 +7,7 @@ from gxpo_conformance.trial import Verdict, judge
 
 
 def judged(command: str, time_limit: float = 5.0, only: str = "OPT-01") -> Verdict:
-    port = load("", command, time_limit)
+    port = load(None, command, time_limit)
     try:
         return judge(port, only=[only])
     finally:

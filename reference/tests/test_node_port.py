@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not NODE, reason="needs node (Node.js) on the pa
 
 @pytest.fixture
 def port() -> Iterator[StdioPort]:
-    with load("", shlex.join([NODE, str(PORT)]), 30.0) as started:
+    with load(None, shlex.join([NODE, str(PORT)]), 30.0) as started:
         yield started
 
 
