@@ -36,10 +36,15 @@ def parse_number(value: Any) -> float:
 
 def to_wire(arrays: Arrays) -> dict[str, Any]:
     """Named arrays as JSON has them."""
-    return {
-        name: {"shape": list(a.shape), "data": [number(v) for v in np.asarray(a, dtype=np.float64).ravel()]}
-        for name, a in arrays.items()
-    }
+    sent = {}
+    for name, a in arrays.items():
+        data = np.asarray(a, dtype=np.float64).ravel()
+        numbers = data.tolist()  # thousands of them: one by one only where it has to be
+        sent[name] = {
+            "shape": list(a.shape),
+            "data": numbers if np.isfinite(data).all() else list(map(number, numbers)),
+        }
+    return sent
 
 
 def from_wire(sent: Any, kind: type = np.float64) -> Arrays:
@@ -56,8 +61,9 @@ def from_wire(sent: Any, kind: type = np.float64) -> Arrays:
         if not isinstance(data, list) or len(data) != math.prod(shape):
             got = len(data) if isinstance(data, list) else shortened(data)
             raise ValueError(f"{name!r} of shape {shape} must have {math.prod(shape)} numbers of data, got {got}")
+        plain = set(map(type, data)) <= {int, float}
         with np.errstate(over="ignore"):
-            arrays[name] = np.array([parse_number(v) for v in data], dtype=kind).reshape(shape)
+            arrays[name] = np.array(data if plain else list(map(parse_number, data)), dtype=kind).reshape(shape)
     return arrays
 
 

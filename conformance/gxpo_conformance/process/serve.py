@@ -7,10 +7,8 @@ gxpo-conformance --exec "python -m gxpo_conformance.process.serve my_port:Port".
 from __future__ import annotations
 
 import argparse
-import base64
 import json
 import os
-import pickle
 import sys
 from collections.abc import Sequence
 from typing import IO, Any
@@ -32,6 +30,7 @@ class Server:
     def __init__(self, port: Port, source: IO[str], out: IO[str]) -> None:
         self.port, self.source, self.out = port, source, out
         self.sessions: dict[int, Any] = {}
+        self.kept: list[Any] = []  # what save() gave: any Python object, which need not have a form in JSON
         self.kinds: dict[int, type] = {}
 
     def run(self) -> None:
@@ -39,6 +38,8 @@ class Server:
             try:
                 answer = getattr(self, f"on_{message['op']}")(message)
             except Exception as error:
+                if message.get("op") == "start":  # an "error" there means that the config is refused: this is a crash
+                    raise
                 answer = {"error": f"{type(error).__name__}: {error}"}
             self.say(answer)
 
@@ -47,11 +48,16 @@ class Server:
         return json.loads(line) if line else None
 
     def say(self, message: dict[str, Any]) -> None:
-        self.out.write(dumps(message) + "\n")
+        try:
+            line = dumps(message)
+        except (TypeError, ValueError) as error:  # capabilities() may hold anything
+            line = dumps({"error": f"{', '.join(message)} cannot be written as JSON: {error}"})
+        self.out.write(line + "\n")
         self.out.flush()
 
     def on_hello(self, message: dict[str, Any]) -> dict[str, Any]:
-        return {"name": str(self.port.name), "version": "", "capabilities": self.port.capabilities()}
+        hello = {"name": str(self.port.name), "version": "", "capabilities": self.port.capabilities()}
+        return {**hello, "protocol": "1.1"} if "1.1" in message.get("offers", ()) else hello
 
     def on_start(self, message: dict[str, Any]) -> dict[str, Any]:
         kind = np.float64 if message["dtype"] == "float64" else np.float32
@@ -75,8 +81,9 @@ class Server:
                 raise Raised(answer["raise"])
             return parse_number(answer["loss"]), from_wire(answer["grads"], kind)
 
+        supplied = {"statistic": message["statistic"]} if "statistic" in message else {}
         try:
-            self.sessions[message["session"]].step(grad)
+            self.sessions[message["session"]].step(grad, **supplied)
         except Exception as error:
             return {"raised": told(error)}
         return {"done": True}
@@ -85,12 +92,11 @@ class Server:
         return {"params": to_wire(self.sessions[message["session"]].params())}
 
     def on_save(self, message: dict[str, Any]) -> dict[str, Any]:
-        saved = pickle.dumps(self.sessions[message["session"]].save())  # any Python object has to travel as JSON
-        return {"saved": {"pickle": base64.b64encode(saved).decode("ascii")}}
+        self.kept.append(self.sessions[message["session"]].save())
+        return {"saved": len(self.kept) - 1}
 
     def on_load(self, message: dict[str, Any]) -> dict[str, Any]:
-        saved = pickle.loads(base64.b64decode(message["saved"]["pickle"]))  # its own, a moment ago
-        self.sessions[message["session"]].load(saved)
+        self.sessions[message["session"]].load(self.kept[message["saved"]])
         return {"ok": True}
 
     def on_close(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -111,15 +117,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("impl", metavar="MODULE:ATTRIBUTE", help="the adapter, called without arguments")
     options = parser.parse_args(arguments)
+    source = os.fdopen(os.dup(0), encoding="utf-8")
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the port prints must not get between the lines
+    os.dup2(2, 1)  # what the port prints must not get between the lines,
     sys.stdout = sys.stderr
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)  # nor may it, or what it starts, take any of them
+    os.close(nothing)
     try:
         port = load(options.impl)
     except AdapterError as error:
         sys.exit(str(error))
-    with out:
-        Server(port, sys.stdin, out).run()
+    with source, out:
+        Server(port, source, out).run()
     return 0
 
 

@@ -18,7 +18,8 @@ from gxpo_conformance.process.pipes import Message, Process, about, as_text
 from gxpo_conformance.protocol import AdapterError, Arrays, Config, Gradient, PortError
 from gxpo_conformance.wire import from_wire, number, shortened, to_wire
 
-PROTOCOL = 1
+PROTOCOL = 1  # what every port has been told from the first; a number, so that one which compares it goes on working
+OFFERS = ("1", "1.1")  # what it may choose from; 1 where it chooses nothing
 
 
 class StdioPort:
@@ -38,12 +39,27 @@ class StdioPort:
             raise AdapterError(str(error)) from error
         self.name = " ".join(as_text(hello[key]) for key in ("name", "version") if hello.get(key))
         self.declared = hello["capabilities"]
+        statistics = self.declared.get("gate_statistics") if isinstance(self.declared, dict) else None
+        if self.protocol == "1" and isinstance(statistics, list) and "supplied" in statistics:
+            self.end()
+            raise AdapterError(
+                'the port declares the gate statistic "supplied", which protocol 1 has no words for: answer hello with '
+                '"protocol": "1.1", and read "statistic" from each step of such a session'
+            )
 
     def greet(self) -> Message:
         self.process = Process(self.command, self.time_limit)
-        hello = self.request({"op": "hello", "protocol": PROTOCOL})
+        hello = self.request({"op": "hello", "protocol": PROTOCOL, "offers": OFFERS})
+        if "error" in hello:
+            self.end()
+            raise PortError(f'the port refused "hello": {as_text(hello["error"])}')
         if not isinstance(hello.get("name"), str) or "capabilities" not in hello:
-            raise self.broken('answered hello without "name" and "capabilities"', hello)
+            raise self.broken('answered hello without "name" (a text) and "capabilities"', hello)
+        chosen = hello.get("protocol", PROTOCOL)
+        self.protocol = "1" if chosen == PROTOCOL and not isinstance(chosen, bool) else chosen
+        if self.protocol not in OFFERS:
+            offered = " or ".join(f'"{offer}"' for offer in OFFERS)
+            raise self.broken(f'answered hello with a "protocol" that is not {offered}, the texts offered', chosen)
         return hello
 
     def capabilities(self) -> dict[str, Any]:
@@ -78,7 +94,7 @@ class StdioPort:
         """The value of `key` in the answer. PortError where there is none."""
         answer = self.request(message)
         if "error" in answer:
-            raise PortError(f"the port refused {about(message)}: {shortened(answer['error'])}")
+            raise PortError(f"the port refused {about(message)}: {as_text(answer['error'])}")
         if key not in answer:
             raise self.broken(f"answered {about(message)} without {key!r}", answer)
         return answer[key]
@@ -128,17 +144,17 @@ class StdioSession:
             raise PortError(f"the port was started anew, and session {self.number} is gone with its process")
         return {"op": op, "session": self.number, **more}
 
-    def step(self, grad: Gradient) -> None:
-        message = self.message("step")
+    def step(self, grad: Gradient, *, statistic: float | None = None) -> None:
+        message = self.message("step", **({} if statistic is None else {"statistic": number(statistic)}))
         answer, raised = self.port.request(message), None
         while "ask" in answer:
             try:
                 loss, grads = grad(self.arrays(answer["ask"], "asked for a gradient at"))
                 reply = {"loss": number(loss), "grads": to_wire(grads)}
-            except (Failure, PortError, KeyboardInterrupt):
-                self.port.end()  # in the middle of a step, and in disorder
-                raise
-            except Exception as error:
+            except BaseException as error:
+                if isinstance(error, Failure | PortError) or not isinstance(error, Exception):
+                    self.port.end()  # in the middle of a step, and in disorder
+                    raise
                 raised, reply = error, {"raise": reason(error)}
             answer = self.port.request(reply)
         if "raised" in answer:
