@@ -20,9 +20,11 @@ from gxpo_conformance.harness.harness import TIME_LIMIT
 from gxpo_conformance.known import read_known
 from gxpo_conformance.mutants import MUTANTS, selftest
 from gxpo_conformance.mutants.nearest import Nearest, matrix_file
+from gxpo_conformance.points import read_points
 from gxpo_conformance.process.load import load
 from gxpo_conformance.protocol import DTYPES, AdapterError, Port
 from gxpo_conformance.reports.badge import badge
+from gxpo_conformance.reports.gradescope import Marking
 from gxpo_conformance.reports.html import html, matrix_page
 from gxpo_conformance.reports.junit import junit
 from gxpo_conformance.reports.record import Record, legible, records
@@ -32,7 +34,8 @@ from gxpo_conformance.vectors import files as vectors
 
 STATUS = (
     "Exit status: 0 every MUST and declared option ran and passed (or is listed by --known); 1 something failed; "
-    "2 the adapter or the command line broke before a verdict; 3 incomplete, not everything ran."
+    "2 the adapter or the command line broke before a verdict; 3 incomplete, not everything ran. With --gradescope or "
+    "--points: 0 every point was earned, 1 not every, 2 as above."
 )
 
 
@@ -127,18 +130,34 @@ def verdict_of(arguments: Sequence[str]) -> int:
     parser.add_argument("--known", metavar="FILE", help="TOML file of known failures, each with a reason and a link")
     for name, about in REPORTS.items():
         parser.add_argument(f"--{name}", metavar="FILE", help=about)
+    parser.add_argument(
+        "--gradescope", metavar="FILE", help="mark an exercise: write Gradescope's results.json (GRADING.md)"
+    )
+    parser.add_argument("--points", metavar="FILE", help="TOML file of points per clause (default: one for each MUST)")
     parser.add_argument("--version", action="version", version=f"GXPO conformance spec {SPEC_VERSION}")
     options = parser.parse_args(arguments)
+    if options.gradescope is None and options.points is None:
+        return judged(options)[1]
+    if options.known:
+        parser.error("--known does not go with --gradescope and --points: what is known to fail earns no points either")
+    marking = Marking(options.gradescope, read_points(options.points, options.only))
+    with marking.judging():
+        found, status = judged(options)
+    return marking.settle(found) if status in (0, 1, 3) else status
+
+
+def judged(options: argparse.Namespace) -> tuple[list[Record], int]:
+    """Judge the port, tell the terminal, write the reports; the records and the verdict's exit status."""
     began = time.perf_counter()
     known = read_known(options.known) if options.known else {}
     port = the_port(options)
     verdict = judge(port, options.dtype, options.device, options.only, Terminal(), known, options.time_limit)
-    found = records(verdict, naming(options), time.perf_counter() - began, Nearest(verdict))
+    found = records(verdict, naming(options), time.perf_counter() - began, Nearest(verdict), options.only)
     summary(found)
     for name in REPORTS:
         if path := getattr(options, name):
             write(path, FORMATS[name](found))
-    return verdict.exit_status
+    return found, verdict.exit_status
 
 
 def write(path: str, text: str) -> None:

@@ -11,6 +11,7 @@ import datetime
 import hashlib
 import platform
 import re
+from collections.abc import Sequence
 from importlib import metadata, resources
 from typing import Any
 
@@ -73,9 +74,12 @@ def vectors_sha256() -> dict[str, str]:
     return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
-def records(verdict: Verdict, command: str, seconds: float, nearest: Nearest | None = None) -> list[Record]:
-    """The whole run. `command` as it was given, `nearest` to look up known mistakes."""
-    made = [header(verdict, command)]
+def records(
+    verdict: Verdict, command: str, seconds: float, nearest: Nearest | None = None, only: Sequence[str] = ()
+) -> list[Record]:
+    """The whole run. `command` as it was given, `nearest` to look up known mistakes, `only` the clauses and groups that
+    were asked for, empty for all."""
+    made = [{**header(verdict, command), "only": list(only)}]
     for clause in clauses().values():
         results = verdict.results.get(clause.id)
         if results == {}:  # looked at, and none of the dtypes can show it

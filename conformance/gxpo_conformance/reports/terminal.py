@@ -8,6 +8,7 @@ import textwrap
 
 from gxpo_conformance.clauses.table import GROUPS, SPEC_VERSION, Clause
 from gxpo_conformance.reports.record import MOST_NAME, Record, legible, on_a_line
+from gxpo_conformance.reports.score import score_lines
 from gxpo_conformance.trial import BLOCKED, ERROR, FAIL, KNOWN, NOT_RUN, PASS, UNDECLARED, Verdict
 
 CELL = 12  # "undeclared" and a space
@@ -79,6 +80,8 @@ def summary(records: list[Record]) -> None:
     ran = sum(r["verdict"] not in (UNDECLARED, BLOCKED, NOT_RUN) for r in results)
     if any(r["verdict"] not in (PASS, UNDECLARED) for r in results):
         say()
+    for line in score_lines(records):
+        say(textwrap.fill(line, 116, subsequent_indent="      ", break_on_hyphens=False))
     say(f"GXPO {SPEC_VERSION}: {foot['headline']}")
     say(f"verdict: {foot['words']}")
     say(f"{ran} checks ran in {foot['seconds']:.1f} s; end of report")
