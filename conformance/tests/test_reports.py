@@ -291,8 +291,7 @@ def test_every_clause_is_on_the_page(right: list[Record], wrong: list[Record]) -
     """A clause that is missing reads like one that passed; a colour alone says nothing to one reader in twenty."""
     for found in (right, wrong):
         assert set(clauses()) <= set(Page(html(found, MATRIX)).all("id"))
-    cells = re.findall(r'<td class="cell v-[a-z-]+".*?>(.*?)</td>', html(wrong, {}), re.S)
-    shown = {re.sub(r"<.*?>", "", cell).strip() for cell in cells}
+    shown = set(re.findall(r'<td class="v-[a-z-]+">(.*?)</td>', html(wrong, {}), re.S))
     signs, words = zip(*(s.split(maxsplit=1) for s in shown), strict=True)
     assert set(words) == set(VERDICTS)
     assert len(set(signs)) == len(VERDICTS)
@@ -342,8 +341,8 @@ def test_the_matrix_says_who_catches_whom() -> None:
     for m in MATRIX["mutants"]:
         assert f"mistake-{m['id']}" in page.all("id")
         assert m["does"].replace("`", "") in page.words
-    for title in ("MOV-01 rejects alpha-on-excess in float64, float32", "GAT-02 should reject it and does not"):
-        assert title in page.all("title")
+    for told in ("✗GAT-02, 03", "MOV-01 also INV-03 (64)"):
+        assert told in page.words
     assert "Caught by one clause alone: 1" in page.words
     assert "The suite tells right from wrong" in page.words
     bad = Page(matrix_page({**MATRIX, "problems": ["CKP-04: <nothing>"]}))
