@@ -6,58 +6,27 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shlex
 import sys
-import textwrap
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from port_commands import judged
+from port_commands import fake_port, judged
 
 from gxpo_conformance import cli
 from gxpo_conformance.process import pipes, stdio
 from gxpo_conformance.process.load import load
 from gxpo_conformance.protocol import AdapterError, PortError, config
 
-# Greets, takes sessions, asks for two gradients a step, and misbehaves where a test puts something of its own.
-FAKE = """\
-import json, os, sys, time, signal
-def say(message):
-    print(message if isinstance(message, str) else json.dumps(message), flush=True)
-def words(text):
-    print(text, file=sys.stderr, flush=True)
-CAPABILITIES = {"dtypes": ["float64"], "devices": ["cpu"], "optimizers": ["sgd"], "estimators": ["gradient"],
-    "optimizer_state": ["keep"], "gate_statistics": ["corrective_norm"], "gate_baselines": ["window"]}
-params = {}
-def on_hello(m): say({"name": "fake", "capabilities": CAPABILITIES})
-def on_start(m): params[m["session"]] = m["params"]; say({"ok": True})
-def on_step(m):
-    for _ in range(2):
-        say({"ask": params[m["session"]]}); sys.stdin.readline()
-    say({"done": True})
-def on_params(m): say({"params": params[m["session"]]})
-def on_close(m): say({"ok": True})
-@@
-while True:
-    m = json.loads(sys.stdin.readline() or '{"op": "bye"}')
-    if m["op"] == "bye": break
-    globals()["on_" + m["op"]](m)
-"""
-
 
 @pytest.fixture
 def fake(tmp_path: Path) -> Any:
     """code -> the command of a fake port with that code in it."""
 
-    def command(code: str = "") -> str:
-        path = tmp_path / "fake.py"
-        path.write_text(FAKE.replace("@@", textwrap.dedent(code)), encoding="utf-8")
-        return f"{shlex.quote(sys.executable)} -S -E {shlex.quote(str(path))}"
-
-    return command
+    return partial(fake_port, tmp_path)
 
 
 MISBEHAVIOUR = {  # what it does -> (code, what the finding says)
@@ -128,7 +97,7 @@ MISBEHAVIOUR = {  # what it does -> (code, what the finding says)
     ),
     "refuses": (
         'def on_params(m): words("out of cheese"); say({"error": "no idea"})',
-        """refused "params": 'no idea'""",
+        'refused "params": no idea',
     ),
     "gives no params": ('def on_params(m): words("out of cheese"); say({})', "answered \"params\" without 'params'"),
 }
@@ -175,7 +144,7 @@ def test_a_line_of_a_hundred_megabytes_is_not_read_to_its_end(fake: Any) -> None
 
 def test_a_port_that_never_reads_cannot_block_the_suite(fake: Any) -> None:
     """A full pipe blocks whoever writes into it, for ever, unless writing ends with the time limit as well."""
-    port = load("", fake("def on_start(m): time.sleep(60)"), 1.5)
+    port = load(None, fake("def on_start(m): time.sleep(60)"), 1.5)
     with port, pytest.raises(PortError, match='did not answer "start" within 1.5 s'):
         port.start({"w": np.zeros(200_000)}, config())
 
@@ -183,7 +152,7 @@ def test_a_port_that_never_reads_cannot_block_the_suite(fake: Any) -> None:
 def test_a_port_that_answers_unread_requests_is_told(fake: Any) -> None:
     """It would be judged by answers to questions that it has not seen."""
     code = 'def on_hello(m):\n say({"name": "x", "capabilities": CAPABILITIES})\n say({"ok": True})\n time.sleep(60)'
-    port = load("", fake(code), 5.0)
+    port = load(None, fake(code), 5.0)
     with port, pytest.raises(PortError, match="spoke out of turn|before it had read all of it"):
         port.start({"w": np.zeros(200_000)}, config())
 
@@ -198,7 +167,7 @@ def test_a_port_that_answers_unread_requests_is_told(fake: Any) -> None:
 def test_a_checkpoint_that_is_not_one_is_told(saved: str, loaded: str, message: str, fake: Any) -> None:
     """A run that is resumed would go on from something else, and nobody would have been told."""
     code = f'def on_save(m): say(\'{{"saved": {saved}}}\')\ndef on_load(m): say({{"ok": {loaded}}})'
-    with load("", fake(code), 5.0) as port:
+    with load(None, fake(code), 5.0) as port:
         session = port.start({"w": np.zeros(1)}, config())
         with pytest.raises(PortError, match=message):
             session.load(session.save())
@@ -211,7 +180,7 @@ def test_a_checkpoint_of_any_depth_is_taken_or_told(fake: Any) -> None:
         def on_save(m): say('{"saved": ' + "[" * m["session"] + "]" * m["session"] + "}")
         def on_load(m): say({"ok": True})
         """
-    with load("", fake(code), 5.0) as port:
+    with load(None, fake(code), 5.0) as port:
         for depth in range(sys.getrecursionlimit() - 110, sys.getrecursionlimit() - 20):
             port.sessions = depth - 1
             session = port.start({"w": np.zeros(1)}, config())
@@ -221,7 +190,7 @@ def test_a_checkpoint_of_any_depth_is_taken_or_told(fake: Any) -> None:
 
 def test_a_step_that_is_interrupted_ends_the_process(fake: Any) -> None:
     """After Ctrl-C the port still waits for its gradient, and would take the next request for one."""
-    with load("", fake(), 5.0) as port:
+    with load(None, fake(), 5.0) as port:
 
         def grad(params: Any) -> Any:
             raise KeyboardInterrupt
@@ -253,7 +222,7 @@ def test_what_a_port_started_ends_with_it(fake: Any, tmp_path: Path) -> None:
         child = subprocess.Popen([sys.executable, "-S", "-E", "-c", "import time; time.sleep(60)"])
         open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
         """
-    load("", fake(code), 5.0).close()
+    load(None, fake(code), 5.0).close()
     with contextlib.suppress(ProcessLookupError):  # it may have gone for good already
         watch = select.poll()
         watch.register(os.pidfd_open(int((tmp_path / "pid").read_text())), select.POLLIN)
@@ -267,7 +236,7 @@ def test_what_a_port_started_ends_with_it(fake: Any, tmp_path: Path) -> None:
             'words("no licence"); sys.exit(4)',
             'ended with exit status 4 in place of an answer to "hello"; its last words',
         ),
-        ('def on_hello(m): say({"name": "x"})', 'answered hello without "name" and "capabilities"'),
+        ('def on_hello(m): say({"name": "x"})', 'answered hello without "name" (a text) and "capabilities"'),
         ('def on_hello(m): say("Welcome!")', "not a JSON object: 'Welcome!'"),
         ("def on_hello(m): time.sleep(60)", 'did not answer "hello" within 1.5 s'),
         ('CAPABILITIES["dtypes"] = ["float16"]', "capabilities()['dtypes'] must be a list out of"),
@@ -289,7 +258,7 @@ def test_a_command_that_cannot_be_started_is_told(command: str) -> None:
 def test_it_is_started_anew_after_a_crash(fake: Any) -> None:
     """One crash must cost one clause, not the eighty that follow."""
     code = 'def on_step(m):\n if len(params) > 1: os._exit(1)\n say({"done": True})'
-    port = load("", fake(code), 5.0)
+    port = load(None, fake(code), 5.0)
     with port:
         first, second = (port.start({"w": np.zeros(1)}, config()) for _ in range(2))
         with pytest.raises(PortError, match="ended with exit status 1"):
@@ -306,7 +275,7 @@ def test_nothing_is_left_behind(fake: Any) -> None:
     def open_files() -> int:
         return len(os.listdir("/proc/self/fd"))
 
-    port = load("", command, 5.0)
+    port = load(None, command, 5.0)
     before = open_files(), threading.active_count()
     for _ in range(50):
         with pytest.raises(PortError):
@@ -326,7 +295,7 @@ def test_what_the_loss_raises_comes_out(fake: Any) -> None:
             say({"ask": params[m["session"]]})
             say({"raised": json.loads(sys.stdin.readline())["raise"]})
         """
-    with load("", fake(code), 5.0) as port:
+    with load(None, fake(code), 5.0) as port:
         error = MemoryError("out of it")
 
         def grad(params: Any) -> Any:
@@ -349,7 +318,7 @@ def test_another_failure_in_place_of_the_losss_is_told(fake: Any) -> None:
     def grad(params: Any) -> Any:
         raise MemoryError("out of it")
 
-    with load("", fake(code), 5.0) as port, pytest.raises(RuntimeError, match="^gone wrong$"):
+    with load(None, fake(code), 5.0) as port, pytest.raises(RuntimeError, match="^gone wrong$"):
         port.start({"w": np.zeros(1)}, config()).step(grad)
 
 

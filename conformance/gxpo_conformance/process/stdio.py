@@ -28,6 +28,8 @@ class StdioPort:
     time_limit: seconds for each answer.
     """
 
+    in_process = False  # what only a port in the suite's own process can do wrong is not asked
+
     def __init__(self, command: str, time_limit: float = TIME_LIMIT) -> None:
         self.command, self.time_limit = command, time_limit
         self.process: Process | None = None
