@@ -5,108 +5,31 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import sys
-import textwrap
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from gxpo_conformance import repro, smoke
-from gxpo_conformance.clauses.table import CALIBRATION, CHECKS, GROUPS, SPEC_VERSION, clauses
+from gxpo_conformance import interrupt, repro, smoke
+from gxpo_conformance.clauses.table import CALIBRATION, CHECKS, SPEC_VERSION, clauses
 from gxpo_conformance.harness.findings import CaseError
-from gxpo_conformance.harness.harness import TIME_LIMIT
 from gxpo_conformance.known import read_known
 from gxpo_conformance.mutants import MUTANTS, selftest
 from gxpo_conformance.mutants.nearest import Nearest, matrix_file
+from gxpo_conformance.options import STATUS, chosen, command, count, filled, naming, paragraph, the_port, which_port
+from gxpo_conformance.outputs import require_folder, require_writable, write
 from gxpo_conformance.points import read_points
-from gxpo_conformance.process.load import load
-from gxpo_conformance.protocol import DTYPES, AdapterError, Port
+from gxpo_conformance.process.stdio import StdioPort
+from gxpo_conformance.protocol import AdapterError
 from gxpo_conformance.reports.badge import badge
 from gxpo_conformance.reports.gradescope import Marking
 from gxpo_conformance.reports.html import html, matrix_page
 from gxpo_conformance.reports.junit import junit
 from gxpo_conformance.reports.record import Record, legible, records
 from gxpo_conformance.reports.terminal import Terminal, summary
+from gxpo_conformance.suggest import did_you_mean
 from gxpo_conformance.trial import Trial, judge
 from gxpo_conformance.vectors import files as vectors
-
-STATUS = (
-    "Exit status: 0 every MUST and declared option ran and passed (or is listed by --known); 1 something failed; "
-    "2 the adapter or the command line broke before a verdict; 3 incomplete, not everything ran. With --gradescope or "
-    "--points: 0 every point was earned, 1 not every, 2 as above."
-)
-
-
-def command(
-    name: str,
-    about: str,
-    epilog: str | None = None,
-    formatter_class: type[argparse.HelpFormatter] = argparse.HelpFormatter,
-) -> argparse.ArgumentParser:
-    prog = f"gxpo-conformance {name}".strip()
-    return argparse.ArgumentParser(prog=prog, description=about, epilog=epilog, formatter_class=formatter_class)
-
-
-def which_port(parser: argparse.ArgumentParser) -> None:
-    """The options that name a port and say where and how it runs."""
-    group = parser.add_argument_group("the port")
-    one = group.add_mutually_exclusive_group()
-    one.add_argument(
-        "--impl",
-        default="",
-        metavar="MODULE:ATTRIBUTE",
-        help="the port's adapter, called without arguments (default: the bundled gxpo.py)",
-    )
-    one.add_argument(
-        "--exec", default="", metavar="COMMAND", help='a port that speaks JSON lines, "node my_port.js" say (STDIO.md)'
-    )
-    group.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where it computes (default: cpu)")
-    group.add_argument(
-        "--dtype", action="append", choices=DTYPES, help="repeat for several (default: all that the port declares)"
-    )
-    group.add_argument(
-        "--time-limit",
-        type=seconds,
-        default=TIME_LIMIT,
-        metavar="SECONDS",
-        help="for one request to the port, then it has failed (default: %(default)g)",
-    )
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be a number of seconds > 0, got {text}")
-    return value
-
-
-def count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text}")
-    return int(text)
-
-
-def the_port(options: argparse.Namespace) -> Port:
-    return load(options.impl, options.exec, options.time_limit)
-
-
-def naming(options: argparse.Namespace) -> str:
-    """The options that name the port, for a command that reruns something."""
-    if options.exec:
-        return f" --exec {shlex.quote(options.exec)}"
-    return f" --impl {options.impl}" if options.impl else ""
-
-
-def chosen(text: str) -> list[str]:
-    """Clauses or groups, by comma."""
-    only = [o.strip().upper() for o in text.split(",") if o.strip()]
-    for o in only:
-        if o not in GROUPS and o not in clauses():
-            raise argparse.ArgumentTypeError(f"no clause or group {o!r} (groups: {', '.join(GROUPS)})")
-    return only
-
 
 # ---- The commands ----------------------------------------------------------------------------------------------------
 
@@ -116,9 +39,10 @@ def verdict_of(arguments: Sequence[str]) -> int:
     parser = command(
         "",
         "Judge an implementation of GXPO, clause by clause (SPEC.md beside this package has the rules).",
-        epilog=f"other commands, each with its own --help:\n{commands}\n\n{textwrap.fill(STATUS, 100)}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "--impl my_port:Port --html report.html",
+        f"other commands, each with its own --help:\n{commands}\n\n{paragraph(STATUS)}",
     )
+    parser.commands = tuple(COMMANDS)
     which_port(parser)
     parser.add_argument(
         "--only",
@@ -127,15 +51,21 @@ def verdict_of(arguments: Sequence[str]) -> int:
         metavar="CLAUSES",
         help="clauses or groups, by comma: EXT,GAT-07 (leaves the verdict incomplete)",
     )
-    parser.add_argument("--known", metavar="FILE", help="TOML file of known failures, each with a reason and a link")
+    parser.add_argument(
+        "--known", type=filled, metavar="FILE", help="TOML file of known failures, each with a reason and a link"
+    )
     for name, about in REPORTS.items():
         parser.add_argument(f"--{name}", metavar="FILE", help=about)
     parser.add_argument(
         "--gradescope", metavar="FILE", help="mark an exercise: write Gradescope's results.json (GRADING.md)"
     )
-    parser.add_argument("--points", metavar="FILE", help="TOML file of points per clause (default: one for each MUST)")
+    parser.add_argument(
+        "--points", type=filled, metavar="FILE", help="TOML file of points per clause (default: one for each MUST)"
+    )
     parser.add_argument("--version", action="version", version=f"GXPO conformance spec {SPEC_VERSION}")
     options = parser.parse_args(arguments)
+    outputs = {f"--{name}": getattr(options, name) for name in (*REPORTS, "gradescope")}
+    require_writable(outputs, {"--known": options.known, "--points": options.points})
     if options.gradescope is None and options.points is None:
         return judged(options)[1]
     if options.known:
@@ -152,19 +82,16 @@ def judged(options: argparse.Namespace) -> tuple[list[Record], int]:
     known = read_known(options.known) if options.known else {}
     port = the_port(options)
     verdict = judge(port, options.dtype, options.device, options.only, Terminal(), known, options.time_limit)
-    found = records(verdict, naming(options), time.perf_counter() - began, Nearest(verdict), options.only)
-    summary(found)
-    for name in REPORTS:
-        if path := getattr(options, name):
-            write(path, FORMATS[name](found))
+    with interrupt.held():  # Ctrl-C from here on would lose the reports
+        if verdict.interrupted and isinstance(port, StdioPort):
+            port.end()  # it is in a session of its own, where the terminal's Ctrl-C does not come
+        nearest = None if verdict.interrupted else Nearest(verdict)  # which may take seconds
+        found = records(verdict, naming(options), time.perf_counter() - began, nearest, options.only)
+        summary(found)
+        for name in REPORTS:
+            if path := getattr(options, name):
+                write(f"--{name}", path, FORMATS[name](found))
     return found, verdict.exit_status
-
-
-def write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise AdapterError(f"cannot write the report: {error}") from error
 
 
 REPORTS = {
@@ -183,7 +110,9 @@ FORMATS: dict[str, Callable[[list[Record]], str]] = {
 
 def list_clauses(arguments: Sequence[str]) -> int:
     parser = command(
-        "list", "Every clause: its level, its rule, the capabilities it needs; what shows it, where, in which dtypes."
+        "list",
+        "Every clause: its level, its rule, the capabilities it needs; what shows it, where, in which dtypes.",
+        "EXT,GAT-07",
     )
     parser.add_argument("only", nargs="?", type=chosen, default=[], help="clauses or groups, by comma: EXT,GAT-07")
     options = parser.parse_args(arguments)
@@ -199,8 +128,13 @@ def list_clauses(arguments: Sequence[str]) -> int:
 
 
 def smoke_test(arguments: Sequence[str]) -> int:
-    parser = command("smoke", "Is it the adapter that is broken, or the method? A few seconds' worth of answers.")
-    which_port(parser)
+    parser = command(
+        "smoke",
+        "Is it the adapter that is broken, or the method? A few seconds' worth of answers.",
+        "--impl my_port:Port --dtype float64 --dtype float32",
+        f"Without --dtype it asks in the first that the port declares.\n\n{paragraph(smoke.STATUS)}",
+    )
+    which_port(parser, smoke.TIME_LIMIT)
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     port = the_port(options)
@@ -211,24 +145,32 @@ def reproduce(arguments: Sequence[str]) -> int:
     parser = command(
         "repro",
         "Play one case and show every point asked for beside the right one.",
-        epilog="TARGET: a clause (GAT-07), a vector (GAT-07/1), or a file that --case or a report's case gave.",
+        "MOV-01 --impl my_port:Port --dtype float64 --case case.json",
+        f"{paragraph(repro.TARGETS)}\n\n{paragraph(repro.STATUS)}",
     )
-    parser.add_argument("target", metavar="TARGET")
+    parser.add_argument("target", metavar="TARGET", type=filled)
     which_port(parser)
     parser.add_argument("--case", metavar="FILE", help="write the failing run as JSON, to be replayed anywhere")
     options = parser.parse_args(arguments)
+    require_writable({"--case": options.case}, {"TARGET": options.target})
     return repro.reproduce(
         options.target, the_port(options), options.dtype, options.device, options.case, options.time_limit
     )
 
 
 def random_search(arguments: Sequence[str]) -> int:
-    parser = command("search", "Random cases over all that a port declares, shrunk to the smallest that fails.")
+    parser = command(
+        "search",
+        "Random cases over all that a port declares, shrunk to the smallest that fails.",
+        "--impl my_port:Port --seeds 3 --case case.json",
+        paragraph("Exit status: 0 every case passed; 1 one failed; 2 the adapter or the command line broke."),
+    )
     which_port(parser)
     parser.add_argument("--seeds", type=count, default=5, help="0 to N - 1 (default: %(default)s)")
     parser.add_argument("--cases", type=count, default=100, help="random cases a seed and dtype (default: %(default)s)")
     parser.add_argument("--case", metavar="FILE", help="write the smallest failing run as JSON; repro FILE replays it")
     options = parser.parse_args(arguments)
+    require_writable({"--case": options.case})
     from gxpo_conformance.search import search  # needs hypothesis, which the suite does without
 
     trial = Trial(the_port(options), options.dtype, options.device, time_limit=options.time_limit)
@@ -240,25 +182,36 @@ def random_search(arguments: Sequence[str]) -> int:
                 failure, case = found
                 print(f"{failure}\nconfig: {json.dumps(case['config'])}")
                 if options.case:
-                    write(options.case, json.dumps(case, indent=1) + "\n")
+                    write("--case", options.case, json.dumps(case, indent=1) + "\n")
                 return 1
     return 0
 
 
 def check_vectors(arguments: Sequence[str]) -> int:
-    parser = command("vectors", "Check that the files in vectors/ are what the oracle gives, case by case.")
+    parser = command(
+        "vectors", "Check that the files in vectors/ are what the oracle gives, case by case.", "--write my_folder"
+    )
     parser.add_argument(
         "--write",
+        type=filled,
         metavar="FOLDER",
         help="write them there, ids as they are here; an id never changes what it stands for (in a checkout, to make "
         "them the suite's: conformance/gxpo_conformance/vectors)",
     )
     options = parser.parse_args(arguments)
-    return vectors.write(options.write) if options.write else vectors.check()
+    if options.write is None:
+        return vectors.check()
+    require_folder("--write", options.write)
+    return vectors.write(options.write)
 
 
 def test_the_suite(arguments: Sequence[str]) -> int:
-    parser = command("selftest", "Put wrong implementations through the suite: each must fail, by the right clause.")
+    parser = command(
+        "selftest",
+        "Put wrong implementations through the suite: each must fail, by the right clause.",
+        "alpha-on-excess",
+        paragraph("Exit status: 0 each fails as it should; 1 one does not; 2 the command line broke."),
+    )
     parser.add_argument(
         "--json",
         metavar="FILE",
@@ -269,14 +222,15 @@ def test_the_suite(arguments: Sequence[str]) -> int:
     parser.add_argument("mutants", nargs="*", metavar="MUTANT", help="only these, while one is written (default: all)")
     options = parser.parse_args(arguments)
     if unknown := [name for name in options.mutants if name not in MUTANTS]:
-        parser.error(f"no mutant {unknown[0]!r}")
+        parser.error(f"no mutant {unknown[0]!r}{did_you_mean(unknown[0], MUTANTS)}")
     if options.mutants and (options.json or options.html):
         parser.error("the matrix is of all mutants: name none with --json or --html")
+    require_writable({"--json": options.json, "--html": options.html})
     matrix = selftest.selftest(options.mutants)
     if options.json:
-        write(options.json, selftest.as_json(matrix))
+        write("--json", options.json, selftest.as_json(matrix))
     if options.html:
-        write(options.html, matrix_page(matrix))
+        write("--html", options.html, matrix_page(matrix))
     return 1 if matrix["problems"] else 0
 
 
@@ -292,16 +246,32 @@ COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], int]]] = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    function = COMMANDS[given.pop(0)][1] if given and given[0] in COMMANDS else verdict_of
-    try:
-        return function(given)
-    except (AdapterError, CaseError) as error:
-        print(f"gxpo-conformance: {legible(str(error))}", file=sys.stderr)
-    except BrokenPipeError:  # whoever read the output has gone: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception:  # the suite's own fault; 1 would say that the port failed
-        traceback.print_exc()
+    with interrupt.listening():
+        try:
+            return run(given)
+        except (AdapterError, CaseError) as error:
+            print(f"gxpo-conformance: {legible(str(error))}", file=sys.stderr)
+        except BrokenPipeError:  # whoever read the output has gone: `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except (Exception, KeyboardInterrupt) as error:
+            if isinstance(error, KeyboardInterrupt) or interrupt.came():  # what breaks on the way out is of no interest
+                print("gxpo-conformance: interrupted", file=sys.stderr)
+                return interrupt.STATUS
+            traceback.print_exc()  # the suite's own fault; 1 would say that the port failed
     return 2
+
+
+def run(given: list[str]) -> int:
+    """The command that the first word names; without one the verdict."""
+    if not given or given[0].startswith("-"):
+        return verdict_of(given)
+    name, *rest = given
+    if name not in COMMANDS:
+        there = ", ".join(COMMANDS)
+        raise AdapterError(
+            f"no command {name!r}{did_you_mean(name, COMMANDS)} (the commands: {there}; --help has more)"
+        )
+    return COMMANDS[name][1](rest)
 
 
 if __name__ == "__main__":

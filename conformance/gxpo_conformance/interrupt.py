@@ -25,6 +25,7 @@ class State:
 
     listening = False
     came = False
+    held = False
 
 
 @contextlib.contextmanager
@@ -38,7 +39,8 @@ def listening() -> Iterator[None]:
         if State.came:
             os._exit(STATUS)
         State.came = True
-        raise Interrupted
+        if not State.held:
+            raise Interrupted
 
     handler = signal.signal(signal.SIGINT, heard)
     State.listening, State.came = True, False
@@ -47,6 +49,16 @@ def listening() -> Iterator[None]:
     finally:
         State.listening, State.came = False, False
         signal.signal(signal.SIGINT, handler)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """The first Ctrl-C inside changes nothing: what is being written comes to its end. The second ends all."""
+    State.held = True
+    try:
+        yield
+    finally:
+        State.held = False
 
 
 def came() -> bool:
@@ -66,8 +78,8 @@ def insist() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if State.came:
+        if State.came and not State.held:
             raise Interrupted from None
         raise
-    if State.came:
+    if State.came and not State.held:
         raise Interrupted

@@ -1,142 +1,146 @@
-"""Plays one clause, vector or failing case again, and shows every point asked for beside the right one."""
+"""Plays one clause, awkward run, vector or failing case again; shows every point asked for beside the right one."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from gxpo_conformance.clauses.table import CHECKS, clauses
-from gxpo_conformance.harness.case import Case, as_case, replay
-from gxpo_conformance.harness.findings import PHASES, Failure
-from gxpo_conformance.harness.harness import Dialogue, Recorder
-from gxpo_conformance.mutants.nearest import Nearest, how
-from gxpo_conformance.protocol import AdapterError, Arrays, Port, config
-from gxpo_conformance.trial import FAIL, PASS, Trial
-from gxpo_conformance.vectors import files as vectors
-from gxpo_conformance.wire import from_wire
+from gxpo_conformance.harness.budget import ALLOWED
+from gxpo_conformance.harness.case import as_case, replay
+from gxpo_conformance.harness.findings import CaseError, Failure
+from gxpo_conformance.harness.harness import Dialogue, Harness
+from gxpo_conformance.mutants.nearest import Nearest
+from gxpo_conformance.outputs import write
+from gxpo_conformance.protocol import AdapterError, Port
+from gxpo_conformance.reports.side_by_side import show
+from gxpo_conformance.runs import play
+from gxpo_conformance.stored import BROKEN, malformed, missing, read
+from gxpo_conformance.trial import FAIL, PASS, Trial, applies
 
-MOST_STEPS = 12  # of a run shown in full; of a longer one, those about the first that differs
-SHOWN = 8  # coordinates of a tensor
+TARGETS = (
+    "TARGET: a clause (GAT-07), an awkward run that a report names (NUM-03#4, RND-02#0/117), a vector (GAT-07/1), or a "
+    "file that --case, `search --case` or a report's case gave."
+)
+STATUS = (
+    "Exit status: 0 it passes; 1 it fails; 2 the adapter, the case or the command line is broken, or the port refuses "
+    "a configuration that it declares; 3 the port does not declare what the case needs, or rounding decides the case; "
+    "130 interrupted by Ctrl-C."
+)
+RUN = re.compile(r"([A-Z]+-\d+)#\S+")
 
 
 def reproduce(
     target: str, port: Port, dtypes: Sequence[str] | None, device: str, case_file: str | None, time_limit: float
 ) -> int:
-    """Exit status 0 where it passes, 1 where it fails, 3 where the port does not declare what it needs."""
+    """The exit status, as STATUS has it. `case_file`: where to write the run that fails, the first of several."""
     trial = Trial(port, dtypes, device, time_limit=time_limit)
     if target.upper() in clauses():
-        return clause(target.upper(), trial, case_file)
-    given = read(target)
-    dtype = given.get("dtype", "float64")
-    if dtype not in trial.harnesses:
-        raise AdapterError(f"{target} is a case in {dtype}; this run has {', '.join(trial.harnesses)}")
-    harness = trial.harnesses[dtype]
-    print(f"{target}: {given.get('comment', 'a case')}, {dtype}, {trial.verdict.port}")
-    try:
-        used = replay(harness, given)
-    except Failure as failure:
+        return Player(trial, case_file).clause(target.upper())
+    if RUN.fullmatch(target.upper()) and not Path(target).exists():
+        return Player(trial, case_file).awkward_run(target.upper())
+    return Player(trial, case_file).stored_case(target)
+
+
+class Player:
+    """Plays what was named, in each of the trial's dtypes that can show it."""
+
+    def __init__(self, trial: Trial, case_file: str | None) -> None:
+        self.trial, self.case_file = trial, case_file
+
+    def clause(self, number: str) -> int:
+        """All of a clause, what it leans on first."""
+        print(f"{number}  {clauses()[number].rule}")
+        results = self.trial.settle(number)
+        ran = [r for r in results.values() if r.verdict in (PASS, FAIL)]
+        for result in results.values():
+            print(f"\n{self.trial.verdict.port}, {result.dtype}: {result.verdict}  {result.message}")
+            if result.verdict == FAIL:
+                if result.talk:
+                    show(result.talk)
+                if found := Nearest(self.trial.verdict).of(result):
+                    print(found.words)
+                self.keep(result.talk, number)
+        if any(r.verdict == FAIL for r in ran):
+            return 1
+        if not results:
+            print(f"none of these dtypes can show it, only {', '.join(CHECKS[number].dtypes)}")
+        return 0 if ran else 3
+
+    def awkward_run(self, name: str) -> int:
+        """One of a clause's awkward runs, as the suite plays it: where it fails, the smallest like it that fails."""
+        number = name.partition("#")[0]
+        statuses = []
+        for harness in self.trial.harnesses.values():
+            try:
+                awkward = play.named(name, harness)
+            except ValueError as error:
+                raise AdapterError(str(error)) from error
+            print(f"{name}, {harness.dtype}, {self.trial.verdict.port}: {play.told(awkward)}")
+            clause = clauses()[number]
+            if not applies(clause, harness.capabilities):
+                print(f"not played: the port does not declare what {number} needs: {', '.join(clause.needs)}")
+                statuses.append(3)
+            elif harness.dtype not in CHECKS[number].dtypes:
+                print(f"not played: {number} cannot be seen in {harness.dtype}")
+                statuses.append(3)
+            else:
+                statuses.append(self.played(awkward, harness))
+        return 1 if 1 in statuses else 0 if 0 in statuses else 3
+
+    def played(self, awkward: play.Awkward, harness: Harness) -> int:
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # what a port prints
+                run = play.play(harness, awkward)
+        except CaseError as error:
+            print(f"not judged: {error}")
+            return 3
+        except Failure as failure:
+            with contextlib.redirect_stdout(io.StringIO()):
+                smallest = play.shrunk(harness, awkward, failure)
+            return self.failed(smallest, harness, awkward.name.partition("#")[0])
+        print(f"pass, at most {run.used:.2g} of {ALLOWED:g} rounding budgets used")
+        return 0
+
+    def stored_case(self, target: str) -> int:
+        """A file or a vector."""
+        case = read(target)
+        declared = self.trial.verdict.capabilities
+        print(f"{target}: {case.get('comment', 'a case')}, {case['dtype']}, {self.trial.verdict.port}")
+        if lacking := missing(case, declared):
+            print(f"not played: the port does not declare {', '.join(lacking)}")
+            return 3
+        if case["dtype"] not in self.trial.harnesses:
+            raise AdapterError(f"{target} is a case in {case['dtype']}, which --dtype leaves out")
+        harness = self.trial.harnesses[case["dtype"]]
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # what a port prints
+                used = replay(harness, case)
+        except Failure as failure:
+            if isinstance(failure.__cause__, ValueError) and not harness.talks:  # out of the very first start()
+                why = f"the port refuses the configuration of {target}, though it declares all of it"
+                raise AdapterError(f"{why}: {failure.__cause__}") from failure
+            return self.failed(failure, harness)
+        except BROKEN as error:  # not the port's: what a port raises is a Failure
+            raise AdapterError(malformed(target, error)) from error
+        print(f"pass, at most {used:.2g} of a tolerance used")
+        return 0
+
+    def failed(self, failure: Failure, harness: Harness, clause: str | None = None) -> int:
         if harness.latest:
             show(harness.latest)
         print(f"FAIL  {failure}")
+        self.keep(harness.latest, clause)
         return 1
-    print(f"pass, at most {used:.2g} of a tolerance used")
-    return 0
 
-
-def read(target: str) -> Case:
-    """The case that a file or a vector's id stands for."""
-    if "/" in target and not Path(target).exists():
-        found = [c for kind in ("step", "gate") for c in vectors.load(kind) if c["id"] == target.upper()]
-        if found and "config" in found[0]:
-            return found[0]
-        if found:
-            raise AdapterError(f"{target} is of the kind gate: run its clause, repro {found[0]['clause']}")
-    try:
-        case = json.loads(Path(target).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise AdapterError(f"no clause, vector or file {target!r}; gxpo-conformance list shows the clauses") from None
-    except (OSError, ValueError) as error:
-        raise AdapterError(f"{target}: {error}") from error
-    if not isinstance(case, dict) or not {"config", "params", "steps"} <= case.keys():
-        raise AdapterError(f"{target} is not a case: it must have config, params and steps (vectors/step.schema.json)")
-    return case
-
-
-def clause(number: str, trial: Trial, case_file: str | None) -> int:
-    print(f"{number}  {clauses()[number].rule}")
-    results = trial.settle(number)
-    ran = [r for r in results.values() if r.verdict in (PASS, FAIL)]
-    for result in results.values():
-        print(f"\n{trial.verdict.port}, {result.dtype}: {result.verdict}  {result.message}")
-        if result.verdict == FAIL:
-            if result.talk:
-                show(result.talk)
-            found = Nearest(trial.verdict).of(result)
-            if found and result.finding:
-                print(f"{how(result.finding)}: {found.does} ({found.id})")
-            case = result.case()
-            if case_file and case:
-                Path(case_file).write_text(json.dumps({"clause": number, **case}, indent=1) + "\n", encoding="utf-8")
-                print(f"the run is in {case_file}: gxpo-conformance repro {case_file} plays it again")
-                case_file = None  # the first dtype that fails
-    if any(r.verdict == FAIL for r in ran):
-        return 1
-    if not results:
-        print(f"none of these dtypes can show it, only {', '.join(CHECKS[number].dtypes)}")
-    return 0 if ran else 3
-
-
-def show(talk: Dialogue) -> None:
-    """Configuration, and each step: what was asked, and what a right port would have."""
-    case = as_case(talk)
-    print(f"config: {changes(talk.config, config())} (elsewhere the suite's defaults)")
-    steps = list(zip(talk.steps, case["steps"], strict=True))
-    for n, (recorder, right) in list(enumerate(steps))[-MOST_STEPS:]:
-        gate = right.get("gate", {})
-        scored = "" if gate.get("h") is None else f", the gate sees {gate['h']:.6g}"
-        scored += "" if gate.get("z") is None else f", z = {gate['z']:.4g}"
-        print(f"step {n}: {right['outcome']}{scored}{', and trips' if gate.get('trips') else ''}")
-        step(recorder, right)
-
-
-def step(recorder: Recorder, right: dict[str, Any]) -> None:
-    wanted = [from_wire(point) for point in right.get("asked", [])]
-    for i, phase in enumerate(PHASES):
-        got, want = recorder.asked[i : i + 1], wanted[i : i + 1]
-        if got and want:
-            print("\n".join(f"    {phase:<7} {line}" for line in compared(got[0], want[0])))
-        elif got:
-            print(f"    {phase:<7} asked, and should not have been")
-        elif want and recorder.raise_at is None:
-            print(f"    {phase:<7} not asked, and should have been")
-
-
-def compared(got: Arrays, want: Arrays) -> list[str]:
-    lines = []
-    for name, right in want.items():
-        off = np.abs(got[name].astype(np.float64) - right)
-        lines.append(f"{name} = {numbers(got[name])}")
-        if off.max(initial=0.0) > 0:
-            lines[-1] += f"  right: {numbers(right)}  differs by at most {off.max():.3g}"
-    return lines
-
-
-def numbers(a: np.ndarray) -> str:
-    flat = [f"{v:.9g}" for v in a.ravel()[:SHOWN]]
-    return f"[{', '.join(flat)}{', ...' if a.size > SHOWN else ''}]"
-
-
-def changes(given: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
-    """What of a configuration is not the default."""
-    found: dict[str, Any] = {}
-    for key, value in given.items():
-        if isinstance(value, dict):
-            inner = changes(value, default[key] if value.get("name") == default[key].get("name") else {})
-            found |= {key: inner} if inner else {}
-        elif value != default.get(key):
-            found[key] = value
-    return found
+    def keep(self, talk: Dialogue | None, clause: str | None) -> None:
+        """Write the run as a case, where a file was named for it."""
+        if self.case_file and talk and talk.steps:
+            case = {**({"clause": clause} if clause else {}), **as_case(talk)}
+            write("--case", self.case_file, json.dumps(case, indent=1) + "\n")
+            print(f"the run is in {self.case_file}: gxpo-conformance repro {self.case_file} plays it again")
+            self.case_file = None  # the first that fails

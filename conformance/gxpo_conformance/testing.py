@@ -42,9 +42,9 @@ class ClauseInDtype:
 
 
 def parametrize_with_clauses(
-    impl: str = "",
+    impl: str | None = None,
     *,
-    command: str = "",
+    command: str | None = None,
     dtypes: Iterable[str] | None = None,
     device: str = "cpu",
     known: str | None = None,
@@ -52,11 +52,12 @@ def parametrize_with_clauses(
 ) -> pytest.MarkDecorator:
     """A test for every clause that the port declares, in every dtype (`MOV-01-float32` is its id).
 
-    impl: the adapter, "module:attribute"; or `command`: a port of its own, started and spoken to as --exec does. known:
-    a file of known failures, as --known takes it; they are strict xfails, so one that passes fails. Raises AdapterError
-    when the adapter cannot be loaded or its declaration is broken.
+    impl: the adapter, "module:attribute"; or `command`: a port of its own, started and spoken to as --exec does; the
+    bundled gxpo.py where both are None, and only then. known: a file of known failures, as --known takes it; they are
+    strict xfails, so one that passes fails. Raises AdapterError when the adapter cannot be loaded or its declaration is
+    broken.
     """
-    listed = read_known(known) if known else {}
+    listed = read_known(known) if known is not None else {}
     trial = Trial(load(impl, command, time_limit), dtypes, device, time_limit=time_limit)
     cases = [
         pytest.param(

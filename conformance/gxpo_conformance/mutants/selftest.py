@@ -11,6 +11,8 @@ import json
 import math
 import multiprocessing
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -27,12 +29,13 @@ Matrix = dict[str, Any]
 
 
 def judged(who: str, dtype: str) -> dict[str, Any]:
-    """One implementation in one dtype: the clauses that reject it and by how many tolerances, and those it crashed in.
-    `who`: a mutant's id, or the number of a right model."""
+    """One implementation in one dtype: the clauses that reject it and by how many tolerances, in which awkward runs where
+    in one, and those it crashed in. `who`: a mutant's id, or the number of a right model."""
     port = MUTANTS[who].port() if who in MUTANTS else correct()[int(who)]
     verdict = judge(port, [dtype])
     kills: dict[str, float] = {}
     crashed: dict[str, str] = {}
+    runs: dict[str, str] = {}
     for r in verdict.every():
         if r.verdict != FAIL or r.finding is None:  # a failure has a finding
             continue
@@ -40,14 +43,29 @@ def judged(who: str, dtype: str) -> dict[str, Any]:
             crashed[r.clause.id] = r.message
         else:
             kills[r.clause.id] = math.inf if r.finding.budgets is None else r.finding.budgets / ALLOWED
-    return {"who": who, "dtype": dtype, "kills": kills, "crashed": crashed, "passes": verdict.exit_status in (0, 3)}
+            runs |= {r.clause.id: r.finding.run} if r.finding.run else {}
+    passes = verdict.exit_status in (0, 3)
+    return {"who": who, "dtype": dtype, "kills": kills, "runs": runs, "crashed": crashed, "passes": passes}
 
 
 def every_judgement(jobs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """In the order of `jobs`, on every core."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
-        yield from pool.map(judged, *zip(*jobs, strict=True))
+        heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # passed on: Ctrl-C comes to this process alone
+        try:
+            results = pool.map(judged, *zip(*jobs, strict=True))
+        finally:
+            signal.signal(signal.SIGINT, heard)
+        try:
+            yield from results
+        except BaseException:  # also where nobody asks for the next one any more
+            threading.excepthook = lambda _: None  # the pool's own thread takes the end of its processes for a fault
+            for process in multiprocessing.active_children():
+                process.terminate()
+            pool.shutdown()
+            threading.excepthook = threading.__excepthook__
+            raise
 
 
 def selftest(only: Sequence[str] = ()) -> Matrix:
@@ -65,7 +83,8 @@ def selftest(only: Sequence[str] = ()) -> Matrix:
             if not found["passes"]:
                 problems.append(f"a right implementation is rejected in {dtype}: {', '.join(found['kills'])}")
             continue
-        row = rows.setdefault(who, {"kills": {}, "margins": {}})
+        row = rows.setdefault(who, {"kills": {}, "margins": {}, "runs": {}})
+        row["runs"] |= {dtype: found["runs"]} if found["runs"] else {}
         row["margins"][dtype] = found["kills"]
         row["kills"][dtype] = sorted(found["kills"], key=list(clauses()).index)
         problems += wrong_with(found)
@@ -77,6 +96,7 @@ def selftest(only: Sequence[str] = ()) -> Matrix:
             {
                 **{"id": m.id, "does": m.does, "source": m.source, "style": m.style, "clauses": list(m.clauses)},
                 "kills": rows[m.id]["kills"],
+                **({"runs": rows[m.id]["runs"]} if rows[m.id]["runs"] else {}),
             }
             for m in chosen.values()
         ],

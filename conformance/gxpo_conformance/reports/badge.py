@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from gxpo_conformance.reports.record import Record
-from gxpo_conformance.trial import KNOWN
+from gxpo_conformance.trial import FAIL, KNOWN
 
 RED, ORANGE, YELLOW, GREEN = "red", "orange", "yellow", "brightgreen"
 
@@ -17,10 +17,13 @@ def badge(records: list[Record]) -> str:
     known = len({r["clause"] for r in results if r["verdict"] == KNOWN})
     must, options = foot["must"], foot["options"]
     passed = f"{must['passed']}/{must['all']} MUST"
-    if foot["exit_status"] == 3:
-        color, message = ORANGE, f"incomplete, {passed}"
-    elif foot["exit_status"] != 0:
+    failed = any(r["verdict"] == FAIL for r in results)
+    if failed:
         color, message = RED, f"not conformant, {passed}"
+    elif foot["exit_status"] == 1:  # nothing failed, but what --known lists as failing passes
+        color, message = ORANGE, f"{passed}, list of known failures out of date"
+    elif foot["exit_status"] != 0:
+        color, message = ORANGE, f"incomplete, {passed}"
     elif known:
         color, message = YELLOW, f"{passed}, {known} known to fail"
     else:
