@@ -85,6 +85,9 @@ CORE: dict[str, tuple[str, ...]] = {
 CORE_CHOICES = {**dict.fromkeys(CORE, 1), "optimizer_state": 1, "gate_options": 0}
 
 
+NEVER_FULL = 1000  # observations in the default gate's window
+
+
 def everything() -> dict[str, Any]:
     """The declaration of a port that has it all."""
     return {key: list(choices) if isinstance(choices, tuple) else True for key, choices in CAPABILITIES.items()}
@@ -165,7 +168,7 @@ def config(**changes: Any) -> Config:
         "gate": {
             "statistic": "corrective_norm",
             "baseline": "window",
-            "window": 1000,
+            "window": NEVER_FULL,
             "omega": 0.1,
             "threshold": 3.0,
             "patience": 1,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 import gxpo
@@ -47,7 +49,7 @@ class Session:
         return {"opt": self.opt.state_dict(), "theta": {k: p.detach().clone() for k, p in self.theta.items()}}
 
     def load(self, saved: dict) -> None:
-        self.opt.load_state_dict(saved["opt"])
+        self.opt.load_state_dict(copy.deepcopy(saved["opt"]))  # torch's optimizers go on with the tensors themselves
         with torch.no_grad():
             for k, p in self.theta.items():
                 p.copy_(saved["theta"][k])

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from gxpo_conformance.clauses import failures, gate, identities, step, toys
+from gxpo_conformance.clauses import failures, gate, identities, random_runs, step, toys
 
-__all__ = ["failures", "gate", "identities", "step", "toys"]
+__all__ = ["failures", "gate", "identities", "random_runs", "step", "toys"]

@@ -106,12 +106,21 @@ def an_exception_does_not_reach_the_gate(harness: Harness) -> None:
     run.step(observed(1.0), judge="counts")
 
 
+@check("ATM-04", leans=("OPT-02",), coarse=True)
+def an_interrupt_leaves_everything_as_it_was(harness: Harness) -> None:
+    for at in (0, 1, 2):
+        run = harness.begin({"w": THETA}, config(horizon=4, optimizer=MOMENTUM))
+        run.step(GOOD)
+        run.raising(GOOD, at, what=KeyboardInterrupt)
+        run.step(GOOD)
+
+
 def resumed(harness: Harness, norms: list[float], later: list[float], settings: Config) -> None:
     """Steps with |g~| in `norms`, save, load into a fresh session, go on with `later`."""
     run = harness.begin({"w": np.zeros(2)}, settings)
     for h in norms:
         run.step(observed(h))
-    run.talk.resume(then=observed(7.0))
+    run.talk.resume(observed(7.0), astray=False)
     for h in later:
         run.step(observed(h))
 
@@ -164,3 +173,14 @@ def resumes_inside_the_warmup(harness: Harness) -> None:
 def resumes_adamws_state(harness: Harness) -> None:
     adamw = {"name": "adamw", "lr": 0.0625, "betas": [0.5, 0.75], "eps": 2.0**-10}
     resumed(harness, [1.0, 1.25], [0.75, 1.0], config(horizon=4, optimizer=adamw))
+
+
+@check("CKP-10", coarse=True)
+def what_was_saved_stays_as_it_is(harness: Harness) -> None:
+    # The window is full, and the session that it was taken from and one that it is given to go on with a 7 each.
+    run = harness.begin({"w": np.zeros(2)}, config(horizon=4, gate={"window": 4}))
+    for h in (*CALM, 1.25):
+        run.step(observed(h))
+    run.talk.resume(observed(1.5))
+    for h in (1.25, 2.5, 1.0):
+        run.step(observed(h))

@@ -53,6 +53,10 @@ def a_value_is_not_scored_against_itself(harness: Harness) -> None:
 def deviation_is_the_populations(harness: Harness) -> None:
     play(harness, [*CALM, 1.5625, 1.0], single=[5])  # z is 3.18; with the sample's deviation 2.76
     play(harness, [*CALM, 1.5, 1.0, 1.0])  # z is 2.83; with the mean absolute deviation 4
+    if harness.dtype == "float64":  # a spread so fine that the mean of squares less the square of the mean loses it
+        fine = [1000.0 + 2.0**-15 * h for h in CALM]
+        play(harness, [*fine, 1000.0 + 2.0**-15 * 1.75, 1000.0], single=[5])
+        play(harness, [*fine, 1000.0 + 2.0**-15 * 1.375, 1000.0, 1000.0])
 
 
 @check("GAT-04", coarse=True)
@@ -97,6 +101,9 @@ def a_single_pass_is_the_plain_step(harness: Harness) -> None:
 def a_constant_history_is_no_error(harness: Harness) -> None:
     play(harness, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     play(harness, [1.0, 1.0, 1.0, 1.0, 1.125, 1.0], single=[5])
+    if harness.dtype == "float64":  # what float32 does not hold, it does not hold constant
+        play(harness, [1.0 + 2.0**-30] * 6)
+        play(harness, [*[1.0 + 2.0**-30] * 4, 1.0 + 2.0**-26, 1.0], single=[5])
 
 
 @check("GAT-10", coarse=True)
@@ -171,6 +178,11 @@ def initial_norm_is_watched(harness: Harness) -> None:
     calm = [observed(1.0, g0=h) for h in CALM]
     play(harness, [*calm, observed(1.0, g0=2.0), 1.0], single=[5], statistic="initial_norm")
     play(harness, [*calm, observed(64.0), 1.0], statistic="initial_norm")
+    # Over all tensors together, as the corrective norm is.
+    run = harness.begin({"w": np.zeros(2), "v": np.zeros(1)}, config(gate={"window": 4, "statistic": "initial_norm"}))
+    for n, (h, other) in enumerate([*((h, 0.0) for h in CALM), (1.0, 1.0), (1.0, 1.75), (1.0, 0.0)]):
+        script = [{**g, "v": np.array([other * (1.0, 0.5, 0.0)[i]])} for i, g in enumerate(observed(1.0, g0=h))]
+        expect(run.step(script, judge="counts"), n, n == 6)
 
 
 @check("GAT-21", coarse=True)
@@ -183,11 +195,31 @@ def disagreement_is_watched(harness: Harness) -> None:
     play(harness, [*calm, turned(-1.0, 0.0), 1.0], statistic="disagreement")  # opposite agrees, by the absolute value
     play(harness, [*calm, turned(300.0, 400.0), 1.0], statistic="disagreement")
     play(harness, [*calm, turned(0.0, 0.0), 1.0], single=[5], statistic="disagreement")  # agrees with nothing: 1
+    tiny = [[{"w": g["w"] * 2.0**-18} for g in script] for script in (*calm, turned(0.0, 1.0))]
+    play(harness, [*tiny, 1.0], single=[5], statistic="disagreement")  # however small they are
+    # One cosine over all tensors together: each alone turns by a right angle in the last step but one, or not at all.
+    run = harness.begin({"w": np.zeros(2), "v": np.zeros(2)}, config(gate={"window": 4, "statistic": "disagreement"}))
+    for n, (w, v) in enumerate([(0.8, 0.6), (0.6, 0.8), (0.8, 0.6), (0.6, 0.8), (0.7, 0.7), (0.0, 0.1), (1.0, 1.0)]):
+        last = [np.array([c, (1 - c * c) ** 0.5]) for c in (w, v)]
+        first = {"w": np.array([1.0, 0.0]), "v": np.array([4.0, 0.0])}
+        script = [first, first, {"w": 8.0 * last[0], "v": last[1]}]
+        expect(run.step(script, judge="counts"), n, n == 6)
 
 
 @check("GAT-22", coarse=True)
 def never_is_never(harness: Harness) -> None:
     play(harness, [*CALM, 64.0, 64.0, 64.0, 1.0], statistic="never")
+
+
+@check("GAT-26", coarse=True)
+def the_callers_number_is_watched(harness: Harness) -> None:
+    # Norms that would trip at once, a number that does not; then the reverse.
+    run = harness.begin({"w": np.zeros(2)}, config(gate={"statistic": "supplied", "window": 4}))
+    for n, (supplied, h) in enumerate(zip([*CALM, 1.0, 2.0, 1.0], [1.0, 1.25, 0.75, 1.0, 64.0, 1.0, 1.0], strict=True)):
+        expect(run.step(observed(h, g0=h), judge="counts", statistic=supplied), n, n == 6)
+    run = harness.begin({"w": np.zeros(2)}, config(gate={"statistic": "supplied", "window": 4}))
+    for n, supplied in enumerate([-0.5, 0.0, 0.5, 0.0, 1.5, 0.0]):  # any finite number: 0 and below are none too few
+        expect(run.step(observed(1.0), judge="counts", statistic=supplied), n, n == 5)
 
 
 @check("GAT-23", coarse=True)

@@ -37,6 +37,20 @@ def arrays_are_not_shared(harness: Harness) -> None:
         handed_out["w"] += 1.0
     now = harness.params(talk.session, talk.start)
     require_same(now, talk.start, "after the caller changed what params() gave, theta")
+    run = harness.begin({"w": THETA}, config(horizon=4, optimizer={"lr": 0.125, "momentum": 0.5}))
+    run.talk.scribble = True  # nor does a loss that computes in the arrays that it is given
+    run.step(SCRIPT)
+    run.step(SCRIPT)
+
+
+@check("DEV-03", coarse=True)
+def gradients_are_taken_by_name(harness: Harness) -> None:
+    theta = {"b": THETA[:4].reshape(2, 2), "a": THETA[4:].reshape(2, 2)}
+    run = harness.begin(theta, config(horizon=4))
+    run.talk.untidy = True
+    script = [{"b": g["w"][:4].reshape(2, 2), "a": g["w"][4:].reshape(2, 2)} for g in SCRIPT]
+    run.step(script)
+    run.step(script)
 
 
 def points(harness: Harness, theta: Arrays, settings: Config, steps: Sequence[Source]) -> list[Arrays]:
@@ -151,8 +165,16 @@ def names_do_not_matter(harness: Harness) -> None:
     def back(arrays: Arrays) -> Arrays:
         return {"a": arrays["z.weight"], "b": arrays["0"]}
 
+    def odd(arrays: Arrays) -> Arrays:  # names that a framework, or JavaScript, may have a meaning for
+        return {"θ.weight": arrays["a"], "constructor": arrays["b"]}
+
+    def and_back(arrays: Arrays) -> Arrays:
+        return {"a": arrays["θ.weight"], "b": arrays["constructor"]}
+
     script = [split(g) for g in SCRIPT]
-    rearranged(harness, split({"w": THETA}), [script] * 2, config(alpha=0.5), there, back, "tensors renamed")
+    settings = config(alpha=0.5, optimizer={"lr": 0.125, "momentum": 0.5})
+    for one, other in ((there, back), (odd, and_back)):
+        rearranged(harness, split({"w": THETA}), [script] * 2, settings, one, other, "tensors renamed")
 
 
 @check("INV-08")
@@ -175,6 +197,13 @@ def sessions_do_not_touch_each_other(harness: Harness) -> None:
     for first, second in ((1.0, 1.0), (0.5, 0.5), (0.75, 0.75), (64.0, 0.75), (1.0, 0.5)):  # 64 trips the first one
         one.step([{"w": g["w"] * first} for g in SCRIPT])
         two.step([{"w": -2.0 * second * g["w"]} for g in SCRIPT])
+
+    # Nor do sessions of as many tensors and coordinates, divided otherwise.
+    three = harness.begin({"a": THETA[:5], "b": THETA[5:]}, config(horizon=4))
+    four = harness.begin({"a": THETA[:2], "b": THETA[2:]}, config(horizon=4))
+    g0 = G0 * np.array([1024.0, 1024.0, 1.0, 1.0, 1.0, 2.0**-10, 2.0**-10, 2.0**-10])
+    for run, cut in ((three, 5), (four, 2), (three, 5)):
+        run.step([{"a": g[:cut], "b": g[cut:]} for g in (g0, g0 * R, g0 * 0.5)])
 
 
 @check("INV-10", coarse=True)

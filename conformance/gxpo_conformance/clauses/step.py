@@ -166,6 +166,9 @@ def scale_near_minus_one(harness: Harness) -> None:
     for horizon in (4, 5, 10):
         ratios([-1.0, -1.0, -1.0], horizon, harness, exact_ratio=True, optimizer=MOMENTUM)
         ratios([-1.0 + 2.0**-6, -1.0 - 2.0**-6, -0.875, -1.0 + 2.0**-8], horizon, harness, optimizer=MOMENTUM)
+    if harness.dtype == "float64":  # as near as a pole with a wider berth would show, for odd K q is at its bound
+        for horizon in (3, 4, 7):
+            ratios([-1.0 + 1e-3, -1.0 - 1e-3, -1.0 + 1e-5, -1.0 + 1e-7], horizon, harness, optimizer=MOMENTUM)
 
 
 @check("EXT-06", coarse=True)
@@ -222,6 +225,8 @@ def each_gradient_is_clipped_by_its_global_norm(harness: Harness) -> None:
     for norms in ([4.0, 2.0, 8.0], [0.5, 4.0, 0.25], [4.0, 0.5, 0.5]):
         for scale in (1.0, 2.0**-10):  # where norms are small, the 1e-6 shows
             clipped(harness, 2, scale, [scale * h for h in norms])
+    for limit in (1.0, 2.0**-10):  # a norm of C, and just below it, is scaled by C / (norm + 1e-6), too
+        clipped(harness, 2, limit, [limit, limit - 2.0**-21, limit])
 
 
 @check("CLP-02")

@@ -25,6 +25,7 @@ GROUPS = {
     "CKP": "save and load",
     "INV": "identities",
     "TOY": "whole runs",
+    "RND": "random runs",
 }
 
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from gxpo_conformance.harness.budget import ALLOWED, Budget
 from gxpo_conformance.harness.findings import PHASES, Boom, Failure, in_float64, require_close
-from gxpo_conformance.harness.harness import Dialogue, Harness, Recorder
+from gxpo_conformance.harness.harness import OWN, Dialogue, Harness, Recorder
 from gxpo_conformance.protocol import Arrays
 from gxpo_conformance.wire import from_wire, number, parse_number, to_wire
 from gxpo_reference.oracle import Oracle, Trace
 
 Case = dict[str, Any]
+INTERRUPT = "KeyboardInterrupt"  # what an answer raises in place of the suite's own exception
 
 
 def as_case(talk: Dialogue) -> Case:
@@ -38,22 +39,24 @@ def expected(
     """(one step of a case, how far off its end may be)."""
     answers: list[dict[str, Any]] = []
     replay = recorder.replay()
+    handed_in = {} if recorder.statistic is None else {"statistic": number(recorder.statistic)}
 
     def answer(params: Arrays) -> tuple[float, Arrays]:
         if len(answers) == recorder.raise_at:
-            answers.append({"raise": "the suite's own exception"})
+            interrupt = recorder.raise_what is KeyboardInterrupt
+            answers.append({"raise": INTERRUPT if interrupt else OWN})
             raise Boom
         loss, grads = replay(params)
         answers.append({"loss": number(loss), "grads": to_wire(grads)})
         return loss, grads
 
     try:
-        trace = oracle.step(answer)
+        trace = oracle.step(answer, recorder.statistic)
     except Boom:
         end = {"end": to_wire(oracle.params), "end_tolerance": rounded(drift)}
-        return {"answers": answers, "outcome": "raised", **end}, drift
+        return {**handed_in, "answers": answers, "outcome": "raised", **end}, drift
     asked, end = budget.step(trace, exact_ratio)
-    step: dict[str, Any] = {"answers": answers, "outcome": trace.outcome}
+    step: dict[str, Any] = {**handed_in, "answers": answers, "outcome": trace.outcome}
     if trace.why:
         step["why"] = trace.why
     step["asked"] = [to_wire(point) for point in trace.asked]
@@ -80,6 +83,11 @@ def rounded(budget: Arrays) -> dict[str, Any]:
     return to_wire({k: np.array([float(f"{ALLOWED * v:.3g}") for v in b.ravel()]) for k, b in budget.items()})
 
 
+def may_ask_again(step: dict[str, Any]) -> bool:
+    """Whether one more call at theta0 is right, too: after a failed pass or a zero gradient."""
+    return step["outcome"] in ("rolled back", "skipped") or step.get("why") == "zero gradient"
+
+
 def replay(harness: Harness, case: Case) -> float:
     """Put `case` to a port: the largest share of a tolerance that any point took; Failure where one took more."""
     kind = np.float64 if harness.dtype == "float64" else np.float32
@@ -92,17 +100,19 @@ def replay(harness: Harness, case: Case) -> float:
 
     for n, step in enumerate(case["steps"]):
         answers = [a for a in step["answers"] if "raise" not in a]
-        script = [from_wire(a["grads"], kind) for a in answers]
+        script, losses = [from_wire(a["grads"], kind) for a in answers], [parse_number(a["loss"]) for a in answers]
+        statistic = parse_number(step["statistic"]) if "statistic" in step else None
         try:
             if step.get("resume"):
-                talk.resume(then=script)
+                talk.resume(script or [from_wire(case["params"], kind)], statistic, losses)
             if step["outcome"] == "raised":
-                talk.raising(script, len(answers))
+                what = KeyboardInterrupt if step["answers"][-1]["raise"] == INTERRUPT else Boom
+                talk.raising(script, len(answers), statistic, what)
             else:
-                seen = talk.step(script, [parse_number(a["loss"]) for a in answers]).asked
+                seen = talk.step(script, losses, statistic).asked
                 for got, want, tolerance, phase in zip(seen, step["asked"], step["tolerance"], PHASES, strict=False):
                     close(got, want, tolerance, phase)
-                again = step["outcome"] == "rolled back" and len(seen) == len(step["asked"]) + 1
+                again = may_ask_again(step) and len(seen) == len(step["asked"]) + 1
                 if len(seen) != len(step["asked"]) and not again:
                     text = f"{len(seen)} gradients asked, should be {len(step['asked'])}: {step['outcome']} step"
                     raise Failure(text, phase="gradients asked", got=len(seen), wanted=len(step["asked"]))

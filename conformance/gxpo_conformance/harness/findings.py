@@ -32,6 +32,7 @@ class Finding:
     budgets: float | None = None  # rounding budgets off; ALLOWED are allowed
     crash: bool = False  # it raised, died, hung or sent rubbish, in place of being wrong
     timed_out: bool = False
+    run: str | None = None  # the awkward run that it was found in, by name
 
 
 class Failure(Exception):
@@ -52,6 +53,10 @@ class Failure(Exception):
 
 class CaseError(Exception):
     """The suite's own case is unfit (too near a threshold, say): never the port's fault."""
+
+
+class NeedsWindow(Exception):
+    """A fixed case is about the window baseline, which the port does not have: its awkward runs show the clause."""
 
 
 class Boom(Exception):
@@ -90,7 +95,7 @@ def require_arrays(arrays: Any, like: Arrays, what: str) -> Arrays:
         got, want = (np.shape(v), getattr(v, "dtype", type(v))), (like[k].shape, like[k].dtype)
         if got != want:
             raise Failure(f"{what} {k!r} of shape and dtype {got}, not {want}")
-    return {k: np.array(v) for k, v in arrays.items()}
+    return {k: np.array(arrays[k]) for k in like}  # in the order of `start`, whatever theirs
 
 
 def require_close(got: Arrays, want: Arrays, budget: Arrays, phase: str) -> float:

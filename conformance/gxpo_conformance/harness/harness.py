@@ -11,18 +11,20 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
-from dataclasses import dataclass, field
+from copy import copy, deepcopy
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from gxpo_conformance import interrupt
 from gxpo_conformance.harness.budget import Budget
 from gxpo_conformance.harness.findings import (
     PHASES,
     Boom,
     CaseError,
     Failure,
+    NeedsWindow,
     OutOfTime,
     in_float64,
     require_arrays,
@@ -30,13 +32,14 @@ from gxpo_conformance.harness.findings import (
     require_same,
     to_dtype,
 )
-from gxpo_conformance.protocol import Arrays, Config, Gradient, Port, PortError, Session
+from gxpo_conformance.protocol import NEVER_FULL, Arrays, Config, Gradient, Port, PortError, Session
 from gxpo_reference.oracle import Oracle, Trace
 
 MOST_ASKED = 12  # in one step; a port that goes on asking is stopped
 TIME_LIMIT = 30.0  # seconds for one request; compiling included
 FIRST_POINTS = {"update": 2, "fast steps": 3}  # for `judge`: how many points of a step it looks at
 
+OWN = "the suite's own exception"
 Script = Sequence[Arrays]  # the gradients of one step: the i-th call gets the i-th; a further call gets the first again
 Source = Script | Gradient
 
@@ -50,6 +53,10 @@ class Recorder:
     like: Arrays
     losses: Sequence[float] | None = None
     raise_at: int | None = None
+    raise_what: type[BaseException] = Boom
+    statistic: float | None = None  # what the caller hands in, where the gate watches that
+    untidy: bool = False
+    scribble: bool = False  # writes into the arrays that it was asked at
     asked: list[Arrays] = field(default_factory=list)
     given: list[tuple[float, Arrays]] = field(default_factory=list)
     failure: Failure | None = None  # raised into the port, which may have swallowed it
@@ -65,15 +72,23 @@ class Recorder:
         except Failure as failure:
             self.failure = failure
             raise
+        if self.scribble:
+            for array in params.values():
+                if array.flags.writeable:
+                    array[...] = np.nan
         if i == self.raise_at:
-            raise Boom(f"the suite's own exception, raised out of gradient {i + 1}")
+            raise self.raise_what(f"{OWN}, raised out of gradient {i + 1}")
         loss, grads = self.answer(i, self.asked[-1])
         self.given.append((loss, grads))
+        if self.untidy:  # by name all the same: in another order, in the other memory layout
+            return loss, {k: np.array(g, order="F") for k, g in reversed(grads.items())}
         return loss, {k: g.copy() for k, g in grads.items()}
 
     def answer(self, i: int, params: Arrays) -> tuple[float, Arrays]:
         if any(not np.isfinite([loss, *(g.sum() for g in grads.values())]).all() for loss, grads in self.given):
             i = 0  # a failed pass sends the port back to theta0
+        elif self.given and not any(g.any() for g in self.given[0][1].values()):
+            i = 0  # so does a zero gradient, where it asks once more
         if callable(self.source):
             loss, grads = self.source(in_float64(params))
         else:
@@ -105,45 +120,93 @@ class Dialogue:
     now: Arrays
     steps: list[Recorder] = field(default_factory=list)
     exact_ratio: bool = False  # r is a quotient without rounding, so that a case may stand on a pole of q
+    untidy: bool = False  # gradients come in another order and memory layout than the parameters
+    scribble: bool = False  # the loss writes into the arrays that it is given
     resumed_at: list[int] = field(default_factory=list)  # steps before which it was saved and loaded anew
 
-    def step(self, source: Source, losses: Sequence[float] | None = None) -> Recorder:
-        """One outer step of the port."""
-        recorder = Recorder(source, self.harness.dtype, self.now, losses)
+    def step(self, source: Source, losses: Sequence[float] | None = None, statistic: float | None = None) -> Recorder:
+        """One outer step of the port. `statistic`: what the caller hands in, in a session whose gate watches that."""
+        recorder = Recorder(
+            source,
+            self.harness.dtype,
+            self.now,
+            losses,
+            statistic=statistic,
+            untidy=self.untidy,
+            scribble=self.scribble,
+        )
         self.steps.append(recorder)
         self.harness.latest = self
-        self.harness.call("step", lambda: self.session.step(recorder))
+        self.harness.call("step", lambda: self.ask(recorder))
         if recorder.failure:  # the port swallowed it
             raise recorder.failure
         self.now = self.harness.params(self.session, self.now)
         return recorder
 
-    def raising(self, source: Source, at: int) -> None:
+    def ask(self, recorder: Recorder) -> None:
+        """Into the port. The keyword is passed where the gate watches it, so that a port without it needs no such
+        argument."""
+        if self.config["gate"]["statistic"] == "supplied":
+            self.session.step(recorder, statistic=recorder.statistic)
+        else:
+            self.session.step(recorder)
+
+    def raising(
+        self, source: Source, at: int, statistic: float | None = None, what: type[BaseException] = Boom
+    ) -> None:
         """A step whose gradient `at` (from 0) raises: the exception must come out and nothing may have changed."""
-        recorder = Recorder(source, self.harness.dtype, self.now, raise_at=at)
+        recorder = Recorder(source, self.harness.dtype, self.now, raise_at=at, raise_what=what, statistic=statistic)
         self.steps.append(recorder)
+        self.harness.latest = self
+        raised = f"gradient {at + 1} raised" + ("" if what is Boom else f" {what.__name__}")
         try:
             with self.harness.limited("step"):
-                self.session.step(recorder)
+                self.ask(recorder)
         except (Failure, CaseError):
             raise
         except PortError as error:
-            raise Failure(str(error), crash=True) from error
-        except Exception as error:  # a port may wrap it, or pass it on as text over a wire
-            if "the suite's own exception" not in f"{error} {error.__cause__} {error.__context__}":
-                raise Failure(f"gradient {at + 1} raised, and this came out instead: {error!r}") from None
+            raise Failure(str(error), crash=True, timed_out=error.timed_out) from error
+        except (Exception, what) as error:  # a port may wrap it, or pass it on as text over a wire
+            if recorder.failure:
+                raise recorder.failure from None
+            if len(recorder.asked) <= at and OWN not in str(error):
+                raise Failure(
+                    f"the port's step raised {error!r} before gradient {at + 1} was asked", crash=True
+                ) from error
+            if OWN not in f"{error} {error.__cause__} {error.__context__}":
+                if isinstance(error, KeyboardInterrupt):
+                    raise  # the user's own
+                raise Failure(f"{raised}, and this came out instead: {error!r}") from None
         else:
-            raise Failure(f"gradient {at + 1} raised, and nothing came out of step()")
+            if len(recorder.asked) <= at:
+                counted = f"{len(recorder.asked)} gradients asked, should be at least {at + 1}"
+                raise Failure(counted, phase="gradients asked", got=len(recorder.asked), wanted=at + 1)
+            raise Failure(f"{raised}, and nothing came out of step()")
         after = self.harness.params(self.session, self.now)
         require_same(after, self.now, f"after gradient {at + 1} raised, theta")
 
-    def resume(self, then: Source) -> None:
-        """Save, take the step `then` (what was saved must not follow it), and go on in a fresh session."""
-        saved, now = self.harness.call("save()", self.session.save), self.now
-        recorder = Recorder(then, self.harness.dtype, now)
-        self.harness.call("step", lambda: self.session.step(recorder))
-        self.session = self.harness.session(now, self.config)
-        self.harness.call("load()", lambda: self.session.load(saved))
+    def resume(
+        self,
+        then: Source,
+        statistic: float | None = None,
+        losses: Sequence[float] | None = None,
+        astray: bool = True,
+    ) -> None:
+        """Save, and go on in a fresh session. `then`: a step that the session which was saved takes afterwards, and,
+        if `astray`, another one that was given the same: what was saved must follow neither."""
+        now = self.now
+
+        def step_astray() -> None:
+            recorder = Recorder(then, self.harness.dtype, now, losses, statistic=statistic)
+            self.harness.call("step", lambda: self.ask(recorder))
+
+        saved = self.harness.call("save()", lambda: self.session.save())  # an adapter may have none
+        step_astray()
+        for again in (True, False) if astray else (False,):
+            self.session = self.harness.session(now, self.config)
+            self.harness.call("load()", lambda: self.session.load(saved))
+            if again:
+                step_astray()
         self.resumed_at.append(len(self.steps))
 
 
@@ -162,23 +225,31 @@ class Run:
     def config(self) -> Config:
         return self.talk.config
 
-    def raising(self, source: Source, at: int) -> None:
+    def raising(
+        self, source: Source, at: int, statistic: float | None = None, what: type[BaseException] = Boom
+    ) -> None:
         """A step whose gradient `at` (from 0) raises; the oracle makes no step."""
         n = len(self.talk.steps)
         try:
-            self.talk.raising(source, at)
+            self.talk.raising(source, at, statistic, what)
         except Failure as failure:
             raise failure.within(f"step {n}", step=n) from failure.__cause__
 
-    def step(self, source: Source, losses: Sequence[float] | None = None, judge: str = "all") -> Trace:
+    def step(
+        self,
+        source: Source,
+        losses: Sequence[float] | None = None,
+        judge: str = "all",
+        statistic: float | None = None,
+    ) -> Trace:
         """One outer step beside the oracle's, whose trace is returned. `judge`: what of it is compared: "all"
         points, "counts" of gradients only, the first "update" (theta0, theta1) or both "fast steps" (theta~ as well). A
         clause judges just what it is about, so that one mistake does not fail them all."""
         n, start = len(self.talk.steps), self.talk.now
         try:
-            recorder = self.talk.step(source, losses)
+            recorder = self.talk.step(source, losses, statistic)
             trace = self.expect(recorder, start)
-            self.compare(trace, recorder, start, judge)
+            trace = self.settled(trace, recorder, start, judge)
         except Failure as failure:
             raise failure.within(f"step {n}", step=n) from failure.__cause__
         self.traces.append(trace)
@@ -187,13 +258,30 @@ class Run:
     def expect(self, recorder: Recorder, start: Arrays) -> Trace:
         """The oracle's step from the same parameters, on the gradients that the port was given."""
         self.oracle.params = in_float64(start)
-        trace = self.oracle.step(recorder.replay())
+        trace = self.oracle.step(recorder.replay(), recorder.statistic)
         threshold = self.config["gate"]["threshold"]
         z = abs(trace.z) if trace.z is not None and self.config["gate"]["two_sided"] else trace.z
         if z is not None and abs(z - threshold) < 0.01 * threshold:
             raise CaseError(f"step {trace.step}: z = {z} lies within 1 % of the threshold {threshold}")
         if not self.fit(trace):
             raise CaseError(f"step {trace.step} is one that rounding could decide")
+        return trace
+
+    def settled(self, trace: Trace, recorder: Recorder, start: Arrays, judge: str) -> Trace:
+        """The trace that the port followed. Where r is -1 and K even there are two right ones (EXT-05)."""
+        before = copy(self.budget)
+        try:
+            self.compare(trace, recorder, start, judge)
+        except Failure as failure:
+            if (other := neutral_at_minus_one(trace, self.oracle)) is None:
+                raise
+            self.budget = before
+            try:
+                self.compare(other, recorder, start, judge)
+            except Failure:
+                raise failure from None
+            self.oracle.state = other.states["s'"]
+            return other
         return trace
 
     def compare(self, trace: Trace, recorder: Recorder, start: Arrays, judge: str) -> None:
@@ -213,8 +301,8 @@ class Run:
                 self.used = max(self.used, require_close(got, want, budget, phase))
         if first:
             return
-        # After a rollback g0 may be asked for again: both are right (NUM-03).
-        again = trace.outcome == "rolled back" and len(seen) == len(trace.asked) + 1
+        # After a failed pass or a zero gradient g0 may be asked for again: both are right (NUM-01 to NUM-03).
+        again = asked_again(trace) and len(seen) == len(trace.asked) + 1
         if again and judge == "all":
             require_same(seen[-1], start, "theta0, asked again,")
         if not again and len(seen) != len(trace.asked):
@@ -228,6 +316,29 @@ class Run:
         if judge == "all":
             want = trace.points.get("theta'", trace.points["theta0"])
             self.used = max(self.used, require_close(self.talk.now, want, end, "theta'"))
+
+
+def asked_again(trace: Trace) -> bool:
+    """Whether a port may ask for g0 once more in this step."""
+    return trace.outcome in ("rolled back", "skipped") or (trace.outcome == "single" and trace.norms[0] == 0.0)
+
+
+def neutral_at_minus_one(trace: Trace, oracle: Oracle) -> Trace | None:
+    """The same active step with q = 1 where r is -1, which for even K is as right as K/2; None where that is no other
+    step."""
+    if trace.outcome != "active" or trace.r is None or trace.q is None or oracle.config["horizon"] % 2:
+        return None
+    there = {k: (np.abs(1.0 + r) <= 1e-8) & (trace.q[k] != 1.0) for k, r in trace.r.items()}
+    if not any(at.any() for at in there.values()):
+        return None
+    theta0, theta2, alpha = trace.points["theta0"], trace.points["theta2"], oracle.config["alpha"]
+    q = {k: np.where(at, 1.0, trace.q[k]) for k, at in there.items()}
+    tilde = {k: theta0[k] + alpha * q[k] * (theta2[k] - theta0[k]) for k in theta0}
+    g = {k: trace.clips[2] * g for k, g in trace.grads[2].items()}
+    end, state = oracle.U(tilde, trace.states["s2" if oracle.config["optimizer_state"] == "keep" else "s0"], g)
+    points = {**trace.points, "theta~": tilde, "theta'": end}
+    asked = [*trace.asked[:2], tilde]
+    return replace(trace, q=q, points=points, asked=asked, states={**trace.states, "s'": state})
 
 
 @dataclass
@@ -250,7 +361,9 @@ class Harness:
             raise
         except PortError as error:
             raise Failure(str(error), crash=True, timed_out=error.timed_out) from error
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # SystemExit as well, and whatever else a port may raise
+            if interrupt.is_the_users(error):
+                raise
             raise Failure(f"the port's {what} raised {error!r}", crash=True) from error
 
     @contextlib.contextmanager
@@ -258,7 +371,8 @@ class Harness:
         """Failure where what happens inside takes more than the time limit. Needs the main thread and SIGALRM."""
         here = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
         if self.time_limit is None or not here:
-            yield
+            with interrupt.insist():
+                yield
             return
 
         def ring(*_: object) -> None:
@@ -267,7 +381,8 @@ class Harness:
         handler = signal.signal(signal.SIGALRM, ring)
         timer = signal.setitimer(signal.ITIMER_REAL, self.time_limit)
         try:
-            yield
+            with interrupt.insist():
+                yield
         except OutOfTime:
             text = f"the port's {what} did not return within {self.time_limit:g} s"
             raise Failure(text, crash=True, timed_out=True) from None
@@ -285,9 +400,16 @@ class Harness:
         return Run(talk, Oracle(in_float64(talk.start), talk.config), Budget(talk.config, self.dtype))
 
     def config(self, config: Config) -> Config:
-        """`config`, with a state policy that the port has where the case does not care."""
-        declared = self.capabilities["optimizer_state"]
-        return config if config["optimizer_state"] in declared else {**config, "optimizer_state": declared[0]}
+        """`config`, with a state policy and a baseline that the port has where the case does not care. NeedsWindow
+        where it does."""
+        policies, gate = self.capabilities["optimizer_state"], config["gate"]
+        if config["optimizer_state"] not in policies:
+            config = {**config, "optimizer_state": policies[0]}
+        if gate["baseline"] == "window" and "window" not in self.capabilities["gate_baselines"]:
+            if gate["window"] < NEVER_FULL:
+                raise NeedsWindow
+            config = {**config, "gate": {**gate, "baseline": "ema", "threshold": 1e12}}  # never trips either
+        return config
 
     def talk(self, params: dict[str, Any], config: Config) -> Dialogue:
         """A session from `params`, rounded to the run's dtype."""
@@ -304,4 +426,9 @@ class Harness:
     def session(self, start: Arrays, config: Config) -> Session:
         """A bare session of the port; arrays and config are its own copies."""
         copies, settings = deepcopy(start), deepcopy(config)
-        return self.call("start()", lambda: self.port.start(copies, settings, dtype=self.dtype, device=self.device))
+        made = self.call("start()", lambda: self.port.start(copies, settings, dtype=self.dtype, device=self.device))
+        if missing := [f"{name}()" for name in ("step", "params") if not callable(getattr(made, name, None))]:
+            what = "None" if made is None else f"a {type(made).__name__}"
+            text = f"the port's start() gives {what}, which has no {' and no '.join(missing)}; it must return a session"
+            raise Failure(text, crash=True)
+        return made

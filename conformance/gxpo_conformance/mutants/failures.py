@@ -111,16 +111,16 @@ class ZeroGradientObserved(Functional):
 
 @mutant("exception-swallowed", "swallows what the loss raises", "ATM-01")
 class ExceptionSwallowed(Functional):
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         with contextlib.suppress(Exception):
-            super().step(grad)
+            super().outer(grad)
 
 
 @mutant("exception-replaced", "raises an exception of its own in place of the loss's", "ATM-01")
 class ExceptionReplaced(InPlace):
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         try:
-            super().step(grad)
+            super().outer(grad)
         except Exception:
             failed = True
         else:
@@ -132,7 +132,7 @@ class ExceptionReplaced(InPlace):
 @mutant("exception-leaves-parameters", "leaves parameters where the loss raised", "ATM-01")
 class ExceptionLeavesParameters(InPlace):
     @np.errstate(all="ignore")
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         before = self.copies()
         self.first = None
         try:
@@ -145,10 +145,10 @@ class ExceptionLeavesParameters(InPlace):
 
 @mutant("exception-leaves-state", "puts parameters back when the loss raises but not the optimizer's state", "ATM-02")
 class ExceptionLeavesState(InPlace):
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         with_failure = self.put_state
         try:
-            super().step(grad)
+            super().outer(grad)
         finally:
             self.put_state = with_failure
 
@@ -171,9 +171,9 @@ class ExceptionLeavesNewState(InPlace):
 
 @mutant("raising-step-counted", "feeds the gate the step that raised", "ATM-03")
 class RaisingStepCounted(InPlace):
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         try:
-            super().step(grad)
+            super().outer(grad)
         except Exception:
             if self.first is not None:
                 self.remember(self.first[1])

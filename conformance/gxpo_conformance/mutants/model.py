@@ -39,6 +39,7 @@ class Functional:
         self.kind = np.float64 if dtype == "float64" else np.float32
         self.theta = {k: self.store(v) for k, v in params.items()}
         self.state: State = {}
+        self.supplied: float | None = None
         self.gate = self.new_gate()
 
     def refuse(self, config: Config) -> None:
@@ -53,7 +54,7 @@ class Functional:
 
     def active(self, before: np.ndarray) -> np.ndarray:
         """Which coordinates take part."""
-        return np.abs(before) > 1e-3 * np.sqrt(np.mean(before * before))
+        return np.abs(before) > 1e-3 * np.sqrt(np.sum(before * before) / max(before.size, 1))
 
     def ratio(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         r = after / before
@@ -161,6 +162,8 @@ class Functional:
 
     def statistic(self, g: list[Arrays], norms: list[float]) -> float:
         kind = self.rules["statistic"]
+        if kind == "supplied":
+            return self.supplied or 0.0
         if kind == "disagreement":
             return 1 - abs(self.cosine(g[0], g[2], norms[0] * norms[2]))
         return norms[0] if kind == "initial_norm" else norms[2]
@@ -222,6 +225,10 @@ class Functional:
 
     # -- the step
 
+    def step(self, grad: Gradient, statistic: float | None = None) -> None:
+        self.supplied = statistic
+        self.outer(grad)
+
     def ask(self, grad: Gradient, point: Arrays) -> tuple[Arrays, float]:
         """(gradient, its norm) at `point`. Failed where the pass is not finite."""
         loss, g = grad(self.handed_out(point))
@@ -237,7 +244,7 @@ class Functional:
         return math.sqrt(sum(float(np.sum(v.astype(np.float64) ** 2)) for v in g.values()))
 
     @np.errstate(all="ignore")
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         theta0, s0 = self.theta, self.state
         try:
             g0, n0 = self.ask(grad, theta0)
@@ -281,7 +288,7 @@ class InPlace(Functional):
     first: tuple[Arrays, float] | None = None  # g0 and its norm, once there
 
     @np.errstate(all="ignore")
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         before = self.copies()
         self.first = None
         try:

@@ -127,9 +127,9 @@ class StepCountLeaks(Functional):
 
 @mutant("state-reset-each-step", "starts every step with a fresh optimizer", "OPT-02", "OPT-06")
 class StateResetEachStep(Functional):
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         self.state = {}
-        super().step(grad)
+        super().outer(grad)
 
 
 @mutant("single-pass-twice", "steps twice with g0 in a single pass", "GAT-08", "NUM-01")
@@ -158,7 +158,7 @@ class FallbackMovesByAlpha(InPlace):
     "zero-gradient-skipped", "makes no step where the gradient is zero, momentum and weight decay forgotten", "NUM-01"
 )
 class ZeroGradientSkipped(Functional):
-    def step(self, grad: Gradient) -> None:
+    def outer(self, grad: Gradient) -> None:
         theta, state = self.theta, self.state
         norms: list[float] = []
 
@@ -167,7 +167,7 @@ class ZeroGradientSkipped(Functional):
             norms.append(self.norm(g))
             return loss, g
 
-        super().step(seen)
+        super().outer(seen)
         if norms[0] == 0:
             self.theta, self.state = theta, state
 

@@ -107,13 +107,6 @@ class AlphaOnExcess(Functional):
         return {k: self.store(t + (1 + alpha * (q[k] - 1)) * (theta[2][k] - t)) for k, t in theta[0].items()}
 
 
-@mutant("alpha-beyond-theta2", "moves alpha of the way from theta2 to thetaK", "MOV-01", "MOV-02", "INV-02")
-class AlphaBeyondTheta2(InPlace):
-    def move(self, theta: list[Arrays], q: Arrays) -> Arrays:
-        alpha = self.kind(self.config["alpha"])
-        return {k: self.store(theta[2][k] + alpha * (q[k] - 1) * (theta[2][k] - t)) for k, t in theta[0].items()}
-
-
 @mutant("alpha-unused", "goes all the way to thetaK", "MOV-01", "MOV-02", "MOV-03", "INV-02")
 class AlphaUnused(Functional):
     def move(self, theta: list[Arrays], q: Arrays) -> Arrays:
@@ -224,8 +217,8 @@ class KGradients(InPlace):
 
 @mutant("looks-once-more", "asks for the gradient at the end of each step, for its logs", "CST-01")
 class LooksOnceMore(Functional):
-    def step(self, grad: Gradient) -> None:
-        super().step(grad)
+    def outer(self, grad: Gradient) -> None:
+        super().outer(grad)
         grad(self.params())
 
 

@@ -1,0 +1,180 @@
+"""Puts awkward runs to a port, and shrinks the one that fails."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gxpo_conformance.harness.findings import Boom, CaseError, Failure
+from gxpo_conformance.harness.harness import Harness, Run
+from gxpo_conformance.protocol import declares
+from gxpo_conformance.runs.build import Event, Plan, build, fit
+from gxpo_conformance.runs.focus import ACCIDENTS, FOCUS, random_run
+from gxpo_conformance.runs.levels import FACTORS, SIMPLEST, Levels, fitted
+
+RANDOM_RUNS = 200  # of a verdict, in float64 and a clause; fewer elsewhere
+SEED = 0
+MOST_TRIES = 60  # to make a failing run smaller
+IN_THE_LEAST = {"RND-01": False, "RND-02": True}  # whether over all options
+
+
+@dataclass(frozen=True)
+class Awkward:
+    """One run: all that makes it, by name."""
+
+    name: str
+    levels: Levels
+    events: tuple[Event, ...]
+    judge: str
+    untidy: bool
+
+    def plan(self, dtype: str) -> Plan:
+        return build(self.levels, self.events, self.name, dtype)
+
+
+def possible(events: tuple[Event, ...], harness: Harness) -> tuple[Event, ...]:
+    """Without the accidents that the port does not declare, nor the run can make."""
+
+    def can(odd: str) -> bool:
+        need = ACCIDENTS.get(odd)
+        return (not need or declares(harness.capabilities, need)) and (
+            odd != "interrupt" or declares(harness.capabilities, "in process")
+        )
+
+    return tuple(e if can(e.odd) else Event(e.key, e.target) for e in events)
+
+
+def has_runs(clause: str) -> bool:
+    return clause in IN_THE_LEAST or clause in FOCUS
+
+
+def runs_of(clause: str, harness: Harness, seed: int = SEED) -> Iterator[Awkward]:
+    """The awkward runs of a clause, as far as the port declares what is in them."""
+    if clause in IN_THE_LEAST:
+        for n in range(RANDOM_RUNS if harness.dtype == "float64" else RANDOM_RUNS // 4):
+            yield named(f"{clause}#{seed}/{n}", harness)
+    elif clause in FOCUS:
+        rows = FOCUS[clause].plan(clause)
+        for name, _, _ in rows if harness.dtype == "float64" else rows[: (len(rows) + 1) // 2]:
+            yield named(name, harness)
+
+
+def named(name: str, harness: Harness) -> Awkward:
+    """The run of that name: NUM-03#4, RND-02#0/117. ValueError for one that there is not."""
+    found = re.fullmatch(r"([A-Z]{3}-\d\d)#(?:(\d+|fixed)/)?(\d+)", name)
+    if found and found[1] in IN_THE_LEAST and found[2]:
+        levels, events, untidy = random_run(name, IN_THE_LEAST[found[1]])
+        judge = "all"
+    elif found and found[1] in FOCUS and not found[2]:
+        focus = FOCUS[found[1]]
+        row = next((row for row in focus.plan(found[1]) if row[0] == name), None)
+        if row is None:
+            raise ValueError(f"{found[1]} has no awkward run {name}")
+        _, levels, events = row
+        judge, untidy = focus.judge, focus.untidy
+    else:
+        raise ValueError(f"no awkward run {name!r}; they are called NUM-03#4, or RND-02#0/117 for seed 0")
+    levels = fitted(levels, harness.capabilities, harness.dtype)
+    untidy = untidy and declares(harness.capabilities, "in process")
+    return Awkward(name, levels, possible(events, harness), judge, untidy)
+
+
+def play(harness: Harness, awkward: Awkward) -> Run:
+    """Failure where the port leaves the oracle; CaseError where rounding turned out to decide."""
+    plan = awkward.plan(harness.dtype)
+    run = harness.begin(plan.start, plan.config)
+    run.talk.untidy = awkward.untidy
+    run.fit = lambda trace: fit(trace, run.config, harness.dtype)
+    for step in plan.steps:
+        event = step.event
+        if event.odd in ("raise", "interrupt"):
+            what = KeyboardInterrupt if event.odd == "interrupt" else Boom
+            run.raising(step.script, event.at, step.statistic, what)
+            continue
+        if event.odd == "resume":
+            run.talk.resume(step.script, step.statistic, step.losses)
+        run.step(step.script, step.losses, awkward.judge, step.statistic)
+    return run
+
+
+def attempt(harness: Harness, awkward: Awkward) -> Failure | None:
+    try:
+        play(harness, awkward)
+    except Failure as failure:
+        return failure
+    except CaseError:
+        pass
+    return None
+
+
+def check(harness: Harness, clause: str, seed: int = SEED) -> None:
+    """Failure, of the smallest run that was found, where a port fails one of the clause's awkward runs."""
+    for awkward in runs_of(clause, harness, seed):
+        failure = attempt(harness, awkward)
+        if failure is not None:
+            raise shrunk(harness, awkward, failure)
+
+
+@dataclass
+class Shrinker:
+    """Makes a failing run smaller, one thing at a time, as long as it goes on failing."""
+
+    harness: Harness
+    awkward: Awkward
+    failure: Failure
+    tries: int = MOST_TRIES
+
+    def holds(self, **smaller: Any) -> bool:
+        """Whether the run still fails with this changed; then it is changed."""
+        if self.tries <= 0:
+            return False
+        self.tries -= 1
+        candidate = replace(self.awkward, **smaller)
+        found = attempt(self.harness, candidate)
+        if found is None or found.finding.crash != self.failure.finding.crash:
+            return False
+        self.awkward, self.failure = candidate, found
+        return True
+
+    def drop_steps(self) -> None:
+        n = len(self.awkward.events) - 2
+        while n >= 0:
+            events = self.awkward.events
+            self.holds(events=events[:n] + events[n + 1 :])
+            n -= 1
+
+    def simplify(self) -> None:
+        harness, levels = self.harness, self.awkward.levels
+        for factor in FACTORS:
+            simpler = fitted({**levels, factor: SIMPLEST[factor]}, harness.capabilities, harness.dtype)
+            if simpler != levels and self.holds(levels=simpler):
+                levels = simpler
+
+
+def shrunk(harness: Harness, awkward: Awkward, failure: Failure) -> Failure:
+    """The failure of a smaller run of the same kind: fewer steps, simpler levels. The harness's latest talk is it."""
+    whole = len(awkward.plan(harness.dtype).steps)
+    shrinker = Shrinker(harness, awkward, failure)
+    if not failure.finding.timed_out:
+        last = (failure.finding.step or 0) + 1
+        kept = tuple(step.event for step in awkward.plan(harness.dtype).steps[:last])
+        if shrinker.holds(events=kept):
+            shrinker.drop_steps()
+            shrinker.simplify()
+        attempt(harness, shrinker.awkward)  # so that the latest talk is the one that is told of
+    small = shrinker.awkward
+    steps = f"{len(small.plan(harness.dtype).steps)} of its {whole} steps"
+    text = f"{shrinker.failure} (awkward run {awkward.name}, {steps}: {told(small)})"
+    return Failure(text, **{**shrinker.failure.where, "run": awkward.name})
+
+
+def told(awkward: Awkward) -> str:
+    """What is not simple about it."""
+    parts = [
+        f"{factor} {level}" if not isinstance(level, bool) else factor
+        for factor, level in awkward.levels.items()
+        if level != SIMPLEST[factor]
+    ]
+    return ", ".join(parts) or "the simplest settings"
