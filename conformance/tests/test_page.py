@@ -123,11 +123,12 @@ def test_causes_stand_at_the_top(failing: list[Record]) -> None:
         "dtypes": ["float64"],
         "nearest": [{"how": "matches", "id": "far-off", "does": "adds `pi`", "source": ""}],
         "hint": "look at the first point",
+        "blocked": ["TOY-01"],
     }
     *others, foot = failing
     words = Page(html([*others, {**foot, "causes": [cause]}], {})).words
     top = " ".join(words[: words.index("What failed\n")].split())
-    for part in ("1 cause", cause["what"], "12 clauses in float64", "far-off: adds pi", cause["hint"]):
+    for part in ("1 cause", cause["what"], "12 clauses in float64", "far-off: adds pi", cause["hint"], "; 1 blocked"):
         assert part in top, part
     without = Page(html([*others, {k: v for k, v in foot.items() if k != "causes"}], {}))
     assert "cause" not in without.words.split("What failed\n")[0]  # an old file of records has none

@@ -15,7 +15,7 @@ from gxpo_conformance.clauses.table import CHECKS, GROUPS, SPEC_VERSION, clauses
 from gxpo_conformance.harness.budget import ALLOWED
 from gxpo_conformance.protocol import DTYPES
 from gxpo_conformance.reports.record import Record, legible, on_a_line
-from gxpo_conformance.reports.score import scores, total
+from gxpo_conformance.reports.score import candidates, scores, total
 from gxpo_conformance.trial import BLOCKED, ERROR, FAIL, KNOWN, NOT_RUN, PASS, UNDECLARED, VERDICTS
 
 # The page stays under 200 kB, whatever fails: a mail program takes it, and a reader as well.
@@ -143,20 +143,15 @@ def told(r: Record) -> Record:
         where = where.partition(" differs: ")[0].rstrip(",")
     got, wanted = aligned(finding.get("got"), finding.get("wanted"))
     return {
-        **dict.fromkeys(("known", "rerun", "run")),
+        **dict.fromkeys(("known", "rerun", "run", "hint")),
         **r,
-        "nearest": listed(r.get("nearest")),
+        "nearest": candidates(r),
         "where": where,
         "place": f"{tensor}[{', '.join(map(str, at))}]" if at else tensor or "",
         "got": got,
         "wanted": wanted,
         "off": off_by(finding),
     }
-
-
-def listed(nearest: Any) -> list[dict[str, Any]]:
-    """Known mistakes that a failure looks like."""
-    return nearest if isinstance(nearest, list) else [nearest] if nearest else []
 
 
 def story(row: Row, *verdicts: str) -> dict[str, Any]:
@@ -219,7 +214,7 @@ def about_run(records: list[Record], rows: list[Row]) -> dict[str, Any]:
         "also_failed": stories[MOST_TOLD:],
         "known": known[: max(0, MOST_TOLD - len(stories))],
         "also_known": known[max(0, MOST_TOLD - len(stories)) :],
-        "causes": [{**c, "nearest": listed(c.get("nearest"))} for c in causes[:MOST_CAUSES]],
+        "causes": [{"nearest": [], "hint": None, "blocked": [], **c} for c in causes[:MOST_CAUSES]],
         "more_causes": causes[MOST_CAUSES:],
         "scores": groups,
         "score": total(groups),

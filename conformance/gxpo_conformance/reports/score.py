@@ -91,6 +91,12 @@ def score_lines(records: list[Record]) -> list[str]:
 
 
 def likely(r: Record) -> list[str]:
-    """The known mistakes that a failing result looks like, a line each."""
-    found = r.get("nearest") or []
-    return [f"{n['how']}: {n['does']} ({n['id']})" for n in (found if isinstance(found, list) else [found])]
+    """What a failing result looks like, a line each: known mistakes, and whatever else is recognised."""
+    hint = [r["hint"]] if r.get("hint") else []
+    return hint + [f"{n['how']}: {n['does']} ({n['id']})" for n in candidates(r)]
+
+
+def candidates(r: Record) -> list[Record]:
+    """The known mistakes that a failing result looks like. `candidates` has all, `nearest` the first; older records
+    have the second alone."""
+    return r.get("candidates") or ([r["nearest"]] if r.get("nearest") else [])
