@@ -6,47 +6,40 @@ import json
 import re
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ports_on_disk import ORACLE, WRONG, put
+from test_known import KNOWN
 
 from gxpo_conformance import cli
 from gxpo_conformance.clauses.table import clauses
+from gxpo_conformance.protocol import AdapterError
+from gxpo_conformance.testing import parametrize_with_clauses
 
-ORACLE = "gxpo_conformance.adapters.oracle:Port"
 TIMES = re.compile(r"in [\d.]+ s")
 
 
 @pytest.fixture
 def wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A port in the folder one stands in that applies alpha to q - 1."""
-    module = """\
-        from gxpo_conformance.adapters import oracle as oracle_adapter
-        from gxpo_conformance.mutants import MUTANTS
-
-        Port = MUTANTS["alpha-on-excess"].port
-        """
-    (tmp_path / "wrong_port.py").write_text(textwrap.dedent(module), encoding="utf-8")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return "wrong_port:Port"
+    return put("wrong_port", WRONG, tmp_path, monkeypatch)
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# ------------------------------------------------------------------------------------------------------------ reports
+# -------------------------------------------------------------------------------------------------------------- reports
 
 
 def test_a_failure_tells_all_that_its_author_needs(wrong: str, tmp_path: Path, capsys: Any) -> None:
     """Clause, first divergence, nearest mistake, the command that reruns it, and a case that stands alone."""
     assert cli.main(["--impl", wrong, "--only", "MOV-02", "--dtype", "float64", "--json", "out.jsonl"]) == 1
     printed = capsys.readouterr().out
-    assert "matches a known mistake: applies alpha to q - 1" in printed
+    assert "applies alpha to q - 1 in place of q (alpha-on-excess)" in printed
     assert "gxpo-conformance repro MOV-02 --impl wrong_port:Port --dtype float64" in printed
     head, *results, foot = lines(tmp_path / "out.jsonl")
     found = next(r for r in results if r["clause"] == "MOV-02")
@@ -70,7 +63,7 @@ def test_the_command_that_reruns_it_does(wrong: str, tmp_path: Path, capsys: Any
     assert cli.main([*rerun[1].split(), "--case", "case.json"]) == 1
     shown = capsys.readouterr().out
     assert re.search(r"theta~ +w = \[.*right: ", shown)
-    assert "matches a known mistake" in shown
+    assert "(alpha-on-excess)" in shown
     assert json.loads((tmp_path / "case.json").read_text(encoding="utf-8"))["clause"] == "MOV-02"
 
 
@@ -81,61 +74,51 @@ def test_every_report_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all((tmp_path / name).stat().st_size > 0 for name in reports[1::2])
 
 
-def test_a_report_that_cannot_be_written_is_told(tmp_path: Path, capsys: Any) -> None:
-    assert cli.main(["--impl", ORACLE, "--only", "EXT-01", "--json", str(tmp_path / "no" / "where.json")]) == 2
-    assert "cannot write the report" in capsys.readouterr().err
-
-
-# ------------------------------------------------------------------------------------------------------ known failures
-
-KNOWN = """\
-[[known]]
-clause = "{clause}"
-dtypes = ["float64"]
-reason = "alpha is applied late"
-link = "https://example.org/7"
-"""
-
-
-def test_a_known_failure_does_not_fail_the_run_and_is_not_hidden(wrong: str, tmp_path: Path, capsys: Any) -> None:
-    """CI has to stay useful with one known fault, and nobody may read that as conformant."""
-    (tmp_path / "known.toml").write_text(KNOWN.format(clause="MOV-02"), encoding="utf-8")
-    arguments = ["--impl", wrong, "--only", "MOV-02", "--dtype", "float64", "--known", "known.toml"]
-    assert cli.main(arguments) == 3  # of one clause alone nothing is complete
-    printed = capsys.readouterr().out
-    assert "known-fail" in printed
-    assert "alpha is applied late https://example.org/7" in printed
-    assert "1 known to fail" in printed
-    assert "FAIL " not in printed
-
-
-def test_a_known_failure_that_passes_is_an_error(tmp_path: Path, capsys: Any) -> None:
-    """Or the list would outlive the faults, and hide them when they come back."""
-    (tmp_path / "known.toml").write_text(KNOWN.format(clause="EXT-01"), encoding="utf-8")
-    arguments = ["--impl", ORACLE, "--only", "EXT-01", "--known", str(tmp_path / "known.toml")]
-    assert cli.main(arguments) == 1
-    assert "take it off the list" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("reports", "message"),
     [
-        ("known = 3", "entries must be [[known]] tables"),
-        ("[[known]]\nclause = 'EXT-01'", "reason must be a text that is not empty, got None"),
-        (KNOWN.format(clause="EXT-99"), "no such clause: EXT-99"),
-        (KNOWN.format(clause="EXT-01") * 2, "EXT-01 is listed twice"),
-        (KNOWN.format(clause="EXT-01") + "until = 'May'", "unknown key 'until'"),
-        (KNOWN.format(clause="EXT-01").replace("float64", "float16"), "dtypes must be a list out of"),
-        ("[[known", "--known"),
+        (["--json", "no/where.json"], "--json: cannot write no/where.json: the folder"),
+        (["--html", "folder"], "--html: cannot write folder: it is a folder"),
+        (["--json", "one", "--junit", "./one"], "--junit ./one: --json names the same file"),
+        (["--badge", "known.toml"], "--badge known.toml: --known names the same file"),
+        (["--json", " "], "--json: the file's name is empty"),
     ],
 )
-def test_a_broken_list_of_known_failures_is_told(text: str, message: str, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "known.toml").write_text(text, encoding="utf-8")
-    assert cli.main(["--impl", ORACLE, "--only", "EXT-01", "--known", str(tmp_path / "known.toml")]) == 2
-    assert message in capsys.readouterr().err
+def test_a_report_that_cannot_be_written_is_told_before_the_run(
+    reports: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Twenty minutes on a GPU would end with nothing to read."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "known.toml").write_text(KNOWN.format(clause="MOV-02"), encoding="utf-8")
+    assert cli.main(["--impl", ORACLE, "--only", "EXT-01", "--known", "known.toml", *reports]) == 2
+    told = capsys.readouterr()
+    assert message in told.err
+    assert "EXT-01" not in told.out
+    assert {p.name for p in tmp_path.iterdir()} == {"folder", "known.toml"}
+    assert "alpha is applied late" in (tmp_path / "known.toml").read_text(encoding="utf-8")
 
 
-# ------------------------------------------------------------------------------------------------- list, smoke, repro
+def test_an_old_report_stays_until_there_is_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """A port that cannot be loaded today would take yesterday's report with it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text("yesterday", encoding="utf-8")
+    assert cli.main(["--impl", "no_such_module:Port", "--json", "a.jsonl", "--html", "b.html"]) == 2
+    assert (tmp_path / "a.jsonl").read_text(encoding="utf-8") == "yesterday"
+    assert not (tmp_path / "b.html").exists()
+    assert cli.main(["--impl", ORACLE, "--only", "EXT-01", "--json", "a.jsonl", "--badge", "/dev/null"]) == 3
+    assert len(lines(tmp_path / "a.jsonl")) > 2
+
+
+@pytest.mark.parametrize("arguments", [["search", "--case"], ["repro", "MOV-01", "--case"], ["selftest", "--json"]])
+def test_the_other_commands_try_their_files_first(arguments: list[str], capsys: Any) -> None:
+    assert cli.main([*arguments, "no/where.json"]) == 2
+    assert "cannot write no/where.json" in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------- list
 
 
 def test_list_has_every_clause_and_says_what_shows_it(capsys: Any) -> None:
@@ -147,62 +130,25 @@ def test_list_has_every_clause_and_says_what_shows_it(capsys: Any) -> None:
     assert set(re.findall(r"^([A-Z]{3})-", capsys.readouterr().out, re.M)) == {"EXT", "MOV"}
 
 
-def test_smoke_passes_a_right_port(capsys: Any) -> None:
-    assert cli.main(["smoke", "--impl", ORACLE]) == 0
-    assert "adapter and method answer" in capsys.readouterr().out
-
-
-def test_smoke_tells_a_wrong_method_from_a_broken_adapter(wrong: str, tmp_path: Path, capsys: Any) -> None:
-    """An author with a broken adapter must not go looking for the fault in the maths."""
-    assert cli.main(["smoke", "--impl", wrong]) == 1
-    assert "the METHOD is wrong: MOV-01" in capsys.readouterr().out
-
-    broken = (
-        "from gxpo_conformance.adapters import oracle as oracle_adapter\n\n\nclass Session(oracle_adapter.Session):\n"
-    )
-    broken += "    def params(self):\n        return [1.0]\n\n\nclass Port(oracle_adapter.Port):\n"
-    broken += "    def start(self, params, config, dtype, device):\n"
-    broken += "        return Session(super().start(params, config, dtype, device).oracle)\n"
-    (tmp_path / "broken_port.py").write_text(broken, encoding="utf-8")
-    assert cli.main(["smoke", "--impl", "broken_port:Port"]) == 2
-    assert "the ADAPTER is broken (start, one step, params): params() gives tensors list" in capsys.readouterr().err
-
-
-def test_repro_shows_points_beside_the_right_ones(capsys: Any) -> None:
-    assert cli.main(["repro", "GAT-02", "--impl", ORACLE]) == 0
-    assert "GAT-02  The window holds the preceding observations" in capsys.readouterr().out
-    assert cli.main(["repro", "MOV-02/1", "--impl", ORACLE]) == 0
-    assert "of a tolerance used" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("target", "message"),
-    [
-        ("EXT-99", "no clause, vector or file 'EXT-99'"),
-        ("GAT-02/1", "is of the kind gate: run its clause, repro GAT-02"),
-        ("pyproject.toml", "pyproject.toml: "),
-    ],
-)
-def test_repro_of_what_is_not_there_is_told(target: str, message: str, capsys: Any) -> None:
-    assert cli.main(["repro", target, "--impl", ORACLE]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_search_is_a_command(wrong: str, tmp_path: Path, capsys: Any) -> None:
-    assert cli.main(["search", "--impl", ORACLE, "--seeds", "1", "--cases", "5"]) == 0
-    arguments = ["search", "--impl", wrong, "--dtype", "float64", "--seeds", "1", "--case", "case.json"]
-    assert cli.main(arguments) == 1
-    assert "theta" in capsys.readouterr().out
-    assert cli.main(["repro", "case.json", "--impl", wrong]) == 1
-
-
-# ------------------------------------------------------------------------------------------------- bad command lines
+# ---------------------------------------------------------------------------------------------------- bad command lines
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--only", "XYZ"], "no clause or group 'XYZ'"),
+        (["--only", "EXT,GAT-33"], "no clause or group 'GAT-33'; did you mean 'GAT-03'?"),
+        (["--only", ""], "argument --only: the value is empty"),
+        (["--impl", ""], "argument --impl: the value is empty, so that no port is named"),
+        (["--exec", "  "], "argument --exec: the value is empty, so that no port is named"),
+        (["smoke", "--impl", ""], "argument --impl: the value is empty"),
+        (["repro", ""], "argument TARGET: the value is empty"),
+        (["--known", ""], "argument --known: the value is empty"),
+        (["vectors", "--write", ""], "argument --write: the value is empty"),
+        (["--ony", "EXT"], "no option '--ony'; did you mean '--only'?"),
+        (["--impl", ORACLE, "smoke"], "'smoke' is a command and has to come first: gxpo-conformance smoke ..."),
+        (["--impl", ORACLE, "more"], "'more' belongs to no option"),
+        (["selftest", "alpha-on-exces"], "no mutant 'alpha-on-exces'; did you mean 'alpha-on-excess'?"),
         (["--time-limit", "0"], "must be a number of seconds > 0, got 0"),
         (["--impl", "a:B", "--exec", "c"], "not allowed with argument"),
         (["--dtype", "float16"], "invalid choice: 'float16'"),
@@ -216,6 +162,26 @@ def test_a_bad_option_is_told_in_a_line(arguments: list[str], message: str, caps
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["smok", "--impl", ORACLE], "no command 'smok'; did you mean 'smoke'? (the commands: list, smoke, repro"),
+        (["tset"], "no command 'tset' (the commands: list"),
+        (["vectors", "--write", "no/where"], "--write no/where: does not exist; name a folder that does"),
+    ],
+)
+def test_what_is_not_there_is_told_with_what_is(arguments: list[str], message: str, capsys: Any) -> None:
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_unset_variable_does_not_make_a_ci_green(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`impl=os.environ.get("PORT", "")` would have the bundled gxpo.py judged in place of the port, and pass."""
+    for empty in ({"impl": ""}, {"command": " "}, {"known": ""}):
+        with pytest.raises(AdapterError, match=r"empty|--known"):
+            parametrize_with_clauses(**empty)
+
+
 @pytest.mark.parametrize("command", ["", *cli.COMMANDS])
 def test_help_helps(command: str, capsys: Any) -> None:
     with pytest.raises(SystemExit) as stopped:
@@ -224,9 +190,11 @@ def test_help_helps(command: str, capsys: Any) -> None:
     printed = capsys.readouterr().out
     assert printed.startswith(f"usage: gxpo-conformance {command}".rstrip())
     assert command or all(name in printed for name in cli.COMMANDS)
+    assert f"example:\n  gxpo-conformance {command}".rstrip() in printed
+    assert command in ("list", "vectors") or "Exit status: 0" in printed
 
 
-# --------------------------------------------------------------------------------------------- in a port's own pytest
+# ----------------------------------------------------------------------------------------------- in a port's own pytest
 
 TESTS = """\
 from gxpo_conformance.testing import parametrize_with_clauses
