@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -215,6 +216,10 @@ def test_the_scripts_and_the_workflow_can_be_read(folder: Path) -> None:
     steps = yaml.safe_load(WORKFLOW)["jobs"]["marks"]["steps"]
     (command,) = (s["run"] for s in steps if s.get("run", "").startswith("gxpo-conformance"))
     (folder / "points.toml").write_text(POINTS_FILE, encoding="utf-8")
-    done = [sys.executable, "-m", "gxpo_conformance.cli", *command.split()[1:]]
+    here = shlex.split(command.replace("python -m", f"{sys.executable} -m"))
+    done = [sys.executable, "-m", "gxpo_conformance.cli", *here[1:]]
     assert subprocess.run(done, cwd=folder, capture_output=True, check=False, timeout=120).returncode == 0
+    ends = METHOD.replace("        theta0, s0 =", "        __import__('os')._exit(0)\n        theta0, s0 =")
+    (folder / "my_gxpo.py").write_text(ends, encoding="utf-8")
+    assert subprocess.run(done, cwd=folder, capture_output=True, check=False, timeout=120).returncode == 1
     assert {p.name for p in folder.glob("marks.*")} == {"marks.xml", "marks.html"}
