@@ -51,6 +51,6 @@ def served(adapter: str) -> str:
 def judged(command: str, time_limit: float = 5.0, only: str = "OPT-01") -> Verdict:
     port = load(None, command, time_limit)
     try:
-        return judge(port, only=[only])
+        return judge(port, only=only.split(","))
     finally:
         port.close()

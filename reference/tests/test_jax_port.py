@@ -135,6 +135,21 @@ def test_a_rolled_back_step_advances_a_schedule_once_and_a_skipped_one_not(broke
     assert rate == pytest.approx(1.0 if broken_pass == 1 else 1 / 2)
 
 
+def test_the_gate_closes_on_what_is_supplied_and_asks_for_it() -> None:
+    """A trainer that forgets to hand in its entropy would train without a gate, and not be told."""
+    gxpo = jax_gxpo.GXPO(optax.sgd(0.1), gate=jax_gxpo.Gate(statistic="supplied", window=2, patience=1))
+    params: Any = {"w": jax.numpy.ones(1), "none": jax.numpy.zeros(0)}  # an empty tensor takes part and does no harm
+    state, passes = gxpo.init(params), []
+    for entropy in (1.0, 1.1, 5.0, 1.0):
+        params, state, report = gxpo.step(params, state, lambda theta: (0.0, theta), entropy)
+        passes.append(report.passes)
+        assert report.mean_q is None or np.isfinite(report.mean_q)
+    assert passes == [3, 3, 3, 1]
+    for forgotten in (None, float("nan")):
+        with pytest.raises(ValueError, match="supplied: the step needs a finite number"):
+            gxpo.step(params, state, lambda theta: (0.0, theta), forgotten)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

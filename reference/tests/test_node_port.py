@@ -88,6 +88,14 @@ def test_a_bad_config_is_refused_by_name(port: StdioPort, changes: dict[str, Any
     port.start({"w": np.zeros(2)}, config())  # and the process is still there
 
 
+def test_a_step_without_the_statistic_that_its_gate_watches_is_an_error(port: StdioPort) -> None:
+    """The gate would compare undefined with a number, which is never surprising: it would never close."""
+    session = port.start({"w": np.ones(2)}, config(gate={"statistic": "supplied"}))
+    with pytest.raises(RuntimeError, match="the step needs a finite number, got undefined"):
+        session.step(lambda params: (0.5, params))
+    session.step(lambda params: (0.5, params), statistic=0.7)
+
+
 def test_an_unknown_request_is_an_error_and_no_end() -> None:
     """A suite of a later version, with a request more, would find the port dead and not know why."""
     status, (refused, lost, greeted) = talk(

@@ -3,6 +3,7 @@
 //
 //     const session = new Session(theta, config); // theta: a list of Float64Array or Float32Array
 //     session.step((theta) => ({ loss, g })); // g: a list like theta; asked for three times in an active step
+//     session.step(grad, entropy); // a number of the caller's own, for a gate whose statistic is "supplied"
 //     session.theta; // where that led
 //
 // Written from the rules of conformance/gxpo_conformance/SPEC.md, whose clause numbers (EST-02) stand beside what they
@@ -101,15 +102,21 @@ export class Session {
     this.gate = new Gate(config.gate);
   }
 
-  /** One outer step. grad(theta) gives { loss, g } and may throw, in which case the step did not happen. */
-  step(grad) {
-    const { theta, state, active, h } = this.proposal(grad);
+  /**
+   * One outer step. grad(theta) gives { loss, g } and may throw, in which case the step did not happen. supplied: what
+   * the caller measured at theta0, for a gate that watches that.
+   */
+  step(grad, supplied) {
+    if (this.gate.settings.statistic === "supplied" && !Number.isFinite(supplied)) {
+      throw new Error(`the gate's statistic is supplied: the step needs a finite number, got ${supplied}`);
+    }
+    const { theta, state, active, h } = this.proposal(grad, supplied);
     Object.assign(this, { theta, state });
     this.gate.advance(active, h);
   }
 
   /** Where the step ends: theta', s', whether it was an active one, and what the gate is to see of it, if anything. */
-  proposal(grad) {
+  proposal(grad, supplied) {
     const { theta: theta0, state: s0 } = this;
     const first = this.pass(grad, theta0);
     if (!first.finite) return { theta: theta0, state: s0, active: false }; // skipped (NUM-02)
@@ -130,7 +137,7 @@ export class Session {
 
     // The corrective step (COR-01) takes the state as the fast steps left it, or as it was (OPT-04, OPT-05).
     const state = this.config.optimizer_state === "keep" ? two.state : s0;
-    return { ...this.update(thetaTilde, state, third), active: true, h: this.gate.statistic(first, third) };
+    return { ...this.update(thetaTilde, state, third), active: true, h: this.gate.statistic(first, third, supplied) };
   }
 
   /** One backward pass: the gradient g, its norm, and given = c g, clipped by its own norm (CLP-01). */
@@ -181,6 +188,7 @@ const STATISTICS = {
     const cos = third.norm === 0 ? 0 : dot(first.g, third.g) / first.norm / third.norm;
     return 1 - Math.abs(cos);
   },
+  supplied: (first, third, supplied) => supplied,
   never: () => undefined, // GAT-22
 };
 const NO_STREAK = { length: 0, pinned: null }; // surprising observations in a row, the baseline that scored the first

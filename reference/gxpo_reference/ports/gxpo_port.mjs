@@ -15,12 +15,13 @@ const CAPABILITIES = {
   optimizers: ["sgd", "adamw"],
   estimators: ["gradient", "displacement", "tensor"],
   optimizer_state: ["keep", "restore"],
-  gate_statistics: ["corrective_norm", "initial_norm", "disagreement", "never"],
+  gate_statistics: ["corrective_norm", "initial_norm", "disagreement", "supplied", "never"],
   gate_baselines: ["window", "ema"],
   gate_options: ["patience", "two_sided", "warmup", "cooldown", "max_active_steps"],
   max_grad_norm: true,
   checkpoint: true,
-  nonfinite: true,
+  nonfinite_gradients: true,
+  nonfinite_losses: true,
   exceptions: true,
 };
 
@@ -100,8 +101,8 @@ class Served {
     return { loss: answer.loss, g: this.received(answer.grads) };
   }
 
-  step() {
-    this.session.step((theta) => this.grad(theta));
+  step({ statistic }) {
+    this.session.step((theta) => this.grad(theta), statistic);
     return { done: true };
   }
 
@@ -157,9 +158,9 @@ function start(message) {
 }
 
 const ANSWERS = {
-  hello: () => ({ name: "gxpo in JavaScript", version: "1.0", capabilities: CAPABILITIES }),
+  hello: () => ({ protocol: "1.1", name: "gxpo in JavaScript", version: "1.1", capabilities: CAPABILITIES }),
   start,
-  step: (message) => served(message).step(),
+  step: (message) => served(message).step(message),
   params: (message) => served(message).params(),
   save: (message) => served(message).save(),
   load: (message) => served(message).load(message),

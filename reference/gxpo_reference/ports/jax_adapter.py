@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Callable
@@ -25,12 +26,13 @@ CAPABILITIES: dict[str, Any] = {
     "optimizers": ["sgd", "adamw"],
     "estimators": ["gradient", "displacement", "tensor"],
     "optimizer_state": ["keep", "restore"],
-    "gate_statistics": ["corrective_norm", "initial_norm", "disagreement", "never"],
+    "gate_statistics": ["corrective_norm", "initial_norm", "disagreement", "supplied", "never"],
     "gate_baselines": ["window", "ema"],
     "gate_options": ["patience", "two_sided", "warmup", "cooldown", "max_active_steps"],
     "max_grad_norm": True,
     "checkpoint": True,
-    "nonfinite": True,
+    "nonfinite_gradients": True,
+    "nonfinite_losses": True,
     "exceptions": True,
 }
 
@@ -71,14 +73,16 @@ class Session:
     def __init__(self, params: Arrays, config: Config, dtype: str, device: Any) -> None:
         self.arrays = lambda given: {k: jax.device_put(jnp.asarray(v, dtype), device) for k, v in given.items()}
         self.gxpo, self.theta = rule(json.dumps(config)), self.arrays(params)
-        self.state: State = self.gxpo.init(self.theta)
+        state = self.gxpo.init(self.theta)
+        # On the device for good, as parameters are: what jax is free to move would be compiled for a second time.
+        self.state: State = dataclasses.replace(state, optimizer=jax.device_put(state.optimizer, device))
 
-    def step(self, grad: Gradient) -> None:
+    def step(self, grad: Gradient, *, statistic: float | None = None) -> None:
         def value_and_grad(theta: Arrays) -> tuple[float, Arrays]:
             loss, grads = grad(out(theta))
             return loss, self.arrays(grads)
 
-        self.theta, self.state, _ = self.gxpo.step(self.theta, self.state, value_and_grad)
+        self.theta, self.state, _ = self.gxpo.step(self.theta, self.state, value_and_grad, statistic)
 
     def params(self) -> Arrays:
         return out(self.theta)

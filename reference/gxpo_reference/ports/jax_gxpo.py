@@ -81,8 +81,8 @@ def virtual_point(thetas: tuple, grads: tuple, alpha: float, *, horizon: int, es
     tilde = jax.tree.map(
         lambda p, t0, t2, q: (t0 + alpha * q * (t2 - t0)).astype(p.dtype), thetas[0], theta0, theta2, q
     )
-    sizes = [p.size for p in jax.tree.leaves(theta0)]
-    mean = sum(jnp.mean(a) * n for a, n in zip(jax.tree.leaves(q), sizes, strict=True)) / sum(sizes)
+    leaves = jax.tree.leaves(q)
+    mean = sum(map(jnp.sum, leaves)) / max(sum(a.size for a in leaves), 1)  # a tensor may be empty
     return tilde, jnp.asarray(mean)
 
 
@@ -137,7 +137,7 @@ class GateState:
 class Gate:
     """When to fall back to single passes. Names and meanings are gxpo.py's. ValueError for a value out of bounds."""
 
-    statistic: str = "corrective_norm"  # or "initial_norm", "disagreement", "never"
+    statistic: str = "corrective_norm"  # or "initial_norm", "disagreement", "supplied", "never"
     baseline: str = "window"  # or "ema"
     window: int = 30
     omega: float = 0.1
@@ -149,7 +149,7 @@ class Gate:
     max_active_steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.statistic not in ("corrective_norm", "initial_norm", "disagreement", "never"):
+        if self.statistic not in ("corrective_norm", "initial_norm", "disagreement", "supplied", "never"):
             raise ValueError(f"no such statistic: {self.statistic!r}")
         if self.baseline not in ("window", "ema"):
             raise ValueError(f'baseline must be "window" or "ema", got {self.baseline!r}')
@@ -252,13 +252,18 @@ class GXPO:
         """The state of a run from `params`: any pytree of real floating-point arrays, of any shapes."""
         return State(self.tx.init(params), GateState())
 
-    def step(self, params: Tree, state: State, value_and_grad: ValueAndGrad) -> tuple[Tree, State, Report]:
+    def step(
+        self, params: Tree, state: State, value_and_grad: ValueAndGrad, supplied: float | None = None
+    ) -> tuple[Tree, State, Report]:
         """One outer step: (parameters, state, report). Parameters keep their structure, shapes and dtypes.
 
         `value_and_grad` takes such a pytree and gives a scalar loss and a pytree of gradients like it. What it raises
-        comes out, and `params` and `state` are still what they were (ATM-01 to ATM-03). Not itself to be jitted: the
-        gate decides on the host.
+        comes out, and `params` and `state` are still what they were (ATM-01 to ATM-03). `supplied`: what the caller
+        measured at `params` (entropy, say), for Gate(statistic="supplied"). Not itself to be jitted: the gate decides
+        on the host.
         """
+        if self.gate.statistic == "supplied" and (supplied is None or not math.isfinite(supplied)):
+            raise ValueError(f"the gate's statistic is supplied: the step needs a finite number, got {supplied!r}")
         theta0, s0 = params, state.optimizer
         first = self.ask(value_and_grad, theta0)
         if not first.finite:
@@ -278,7 +283,7 @@ class GXPO:
         s = same_schedule(s2, s0) if self.optimizer_state == "keep" else s0  # OPT-04, OPT-05
         end, s_end = self.U(tilde, s, last)  # COR-01
         report = Report("active", 3, first.loss, float(q))
-        return self.done(end, s_end, state, report, self.observation(first, last))
+        return self.done(end, s_end, state, report, self.observation(first, last, supplied))
 
     def ask(self, value_and_grad: ValueAndGrad, point: Tree) -> Pass:
         loss, grads = value_and_grad(point)
@@ -290,10 +295,11 @@ class GXPO:
         updates, s = self.update(p.given, s, theta)
         return optax.apply_updates(theta, updates), s
 
-    def observation(self, first: Pass, last: Pass) -> float | None:
+    def observation(self, first: Pass, last: Pass, supplied: float | None) -> float | None:
         if self.gate.statistic == "disagreement":
             return 1 - abs(float(cosine(first.grads, last.grads))) if last.norm else 1.0  # GAT-21
-        return {"corrective_norm": last.norm, "initial_norm": first.norm, "never": None}[self.gate.statistic]
+        seen = {"corrective_norm": last.norm, "initial_norm": first.norm, "supplied": supplied, "never": None}
+        return seen[self.gate.statistic]
 
     def done(
         self, theta: Tree, s: Tree, state: State, report: Report, h: float | None = None
