@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import pytest
 
 from gxpo_conformance import cli
-from gxpo_conformance.clauses.table import CHECKS, clauses
-from gxpo_conformance.mutants import MUTANTS, Mutant, correct, selftest
-from gxpo_conformance.mutants.model import Functional
-from gxpo_conformance.mutants.nearest import Nearest, matrix
-from gxpo_conformance.protocol import DTYPES
-from gxpo_conformance.trial import judge
+from gxpo_conformance.clauses.table import CHECKS, GROUPS, clauses
+from gxpo_conformance.mutants import MUTANTS, Mutant, correct, nearest, selftest
+from gxpo_conformance.mutants.model import Functional, ModelPort
+from gxpo_conformance.mutants.nearest import Nearest, Seen, matrix, same, seen
+from gxpo_conformance.protocol import DTYPES, Arrays
+from gxpo_conformance.trial import Verdict, judge
 
 
 @pytest.mark.parametrize("port", correct(), ids=lambda port: port.name)
@@ -83,14 +84,89 @@ def test_a_clause_that_rejects_nothing_is_a_problem() -> None:
     assert selftest.idle_clauses(rows) == ["EXT-03 in float32 rejects no mutant that is about it by 10, only by 0"]
 
 
-@pytest.mark.parametrize("name", ["alpha-on-excess", "sample-deviation", "even-powers-only", "failed-step-keeps-state"])
+# ---- Names for what fails --------------------------------------------------------------------------------------------
+
+FIXED = [group for group in GROUPS if group not in ("TOY", "RND")]
+RECOGNISED = ["alpha-on-excess", "odd-term-undivided", "even-powers-only", "failed-step-keeps-state"]
+
+
+@functools.cache
+def judged_once(name: str) -> Verdict:
+    return judge(MUTANTS[name].port(), ["float64"], only=FIXED)
+
+
+class TwoMistakes(Functional):
+    """alpha-on-excess, and a clipping that no mutant has."""
+
+    def move(self, theta: list[Arrays], q: Arrays) -> Arrays:
+        alpha = self.config["alpha"]
+        return {k: t + (1 + alpha * (q[k] - 1)) * (theta[2][k] - t) for k, t in theta[0].items()}
+
+    def coefficient(self, norm: float) -> float:
+        return super().coefficient(2 * norm)
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
 def test_a_mistake_is_recognised(name: str) -> None:
-    """The author should read what was done, not only that a number is off."""
-    clause = MUTANTS[name].clauses[0]
-    verdict = judge(MUTANTS[name].port(), ["float64"])
-    nearest = Nearest(verdict).of(verdict.results[clause]["float64"])
-    assert nearest is not None
-    assert nearest.id == name
+    """The author should read what was done, not only that numbers are off, and read it once."""
+    verdict = judged_once(name)
+    (guess,) = Nearest(verdict).guesses
+    assert guess.mutants == (MUTANTS[name],)
+    assert guess.words == f"matches a known mistake: {MUTANTS[name].does} ({name})"
+    assert {c for c, _ in guess.explains} == set(verdict.failed)
+
+
+@pytest.mark.parametrize("name", RECOGNISED)
+def test_a_mistake_that_nobody_knows_has_no_name(name: str) -> None:
+    """Others share its first wrong number: whoever is sent after one of them looks in the wrong place."""
+    assert Nearest(judged_once(name), without=[name]).guesses == []
+
+
+def test_counts_of_one_clause_name_nothing() -> None:
+    """A gate that trips a step late does so by a dozen mistakes."""
+    verdict = judged_once("sample-deviation")
+    assert verdict.failed
+    assert Nearest(verdict).guesses == []
+
+
+def test_numbers_that_agree_at_first_only_do_not_match() -> None:
+    """Two mistakes that begin alike would be taken for one another."""
+    name, clause = "alpha-on-excess", "MOV-02"
+    result = judged_once(name).results[clause]["float64"]
+    assert result.finding
+    own = seen(result.finding, result.talk)
+    assert same(own, own, "float64")
+    last = own.asked[-1][-1]
+    elsewhere = {k: v + 1e-6 * (v != result.finding.got) for k, v in last.items()}
+    other = Seen(own.finding, [*own.asked[:-1], [*own.asked[-1][:-1], elsewhere]])
+    assert not same(own, other, "float64")
+    fewer = Seen(own.finding, [*own.asked[:-1], own.asked[-1][:-1]])
+    assert not same(own, fewer, "float64")
+
+
+def test_a_part_of_what_fails_is_not_a_match() -> None:
+    """ "Matches" would say that nothing else is wrong, and the second mistake would be looked for in the first."""
+    verdict = judge(ModelPort(TwoMistakes, "two"), ["float64"], only=FIXED)
+    (guess,) = Nearest(verdict).guesses
+    assert guess.how == "looks like a known mistake"
+    assert [m.id for m in guess.mutants] == ["alpha-on-excess"]
+    assert Nearest(verdict).of(verdict.results["MOV-02"]["float64"]) == guess
+    assert verdict.of("CLP-01") == "fail"
+    assert Nearest(verdict).of(verdict.results["CLP-01"]["float64"]) is None
+
+
+def test_one_clause_is_no_match_either() -> None:
+    """Most mistakes share all the numbers of some clause with another."""
+    verdict = judge(MUTANTS["alpha-on-excess"].port(), ["float64"], only=["MOV-02"])
+    assert [(g.how, [m.id for m in g.mutants]) for g in Nearest(verdict).guesses] == [
+        ("looks like a known mistake", ["alpha-on-excess"])
+    ]
+
+
+def test_the_search_for_a_name_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A port that fails everything would keep its author waiting for the report."""
+    monkeypatch.setattr(nearest, "TIME", 0.0)
+    assert Nearest(judged_once("even-powers-only")).guesses == []
 
 
 def test_selftest_is_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

@@ -29,8 +29,8 @@ Matrix = dict[str, Any]
 
 
 def judged(who: str, dtype: str) -> dict[str, Any]:
-    """One implementation in one dtype: the clauses that reject it and by how many tolerances, in which awkward runs where
-    in one, and those it crashed in. `who`: a mutant's id, or the number of a right model."""
+    """One implementation in one dtype: the clauses that reject it and by how many tolerances, the awkward runs in which
+    they do, and those it crashed in. `who`: a mutant's id, or the number of a right model."""
     port = MUTANTS[who].port() if who in MUTANTS else correct()[int(who)]
     verdict = judge(port, [dtype])
     kills: dict[str, float] = {}

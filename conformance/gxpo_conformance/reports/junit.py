@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from xml.etree import ElementTree as ET
 
+from gxpo_conformance.reports.causes import explained, told
 from gxpo_conformance.reports.record import Record, on_a_line
 from gxpo_conformance.trial import BLOCKED, ERROR, FAIL, KNOWN, NOT_RUN, UNDECLARED
 
@@ -39,23 +40,29 @@ def suite(dtype: str | None, results: list[Record], head: Record, foot: Record) 
     made.set("timestamp", head["date"][:19])  # UTC; the schemas in use have no place for an offset
     properties = ET.SubElement(made, "properties")
     about = {"port": head["port"], "device": head["device"], **head["versions"]}
-    for name, value in {**about, "headline": foot["headline"], "verdict": foot["words"]}.items():
+    about |= {"headline": foot["headline"], "verdict": foot["words"]}
+    about |= {numbered(n, foot): told(cause) for n, cause in enumerate(foot["causes"], 1)}
+    for name, value in about.items():
         ET.SubElement(properties, "property", name=name, value=on_a_line(value))
-    made.extend(test_case(r) for r in results)
+    made.extend(test_case(r, foot) for r in results)
     return made
 
 
-def test_case(r: Record) -> ET.Element:
+def numbered(n: int, foot: Record) -> str:
+    return f"cause {n} of {len(foot['causes'])}"
+
+
+def test_case(r: Record, foot: Record) -> ET.Element:
     name, where = f"{r['clause']} {r['rule']}", f"GXPO.{r['dtype'] or 'no dtype'}.{r['clause'][:3]}"
     made = ET.Element("testcase", classname=where, name=name, time=f"{r.get('seconds', 0.0):.4f}")
     if r["verdict"] in (FAIL, ERROR):
         tag = "failure" if r["verdict"] == FAIL else "error"
         found = ET.SubElement(made, tag, message=on_a_line(r["message"]), type=kind(r))
-        found.text = full_text(r)
+        found.text = full_text(r, foot)
     elif r["verdict"] in SKIPPED:
         found = ET.SubElement(made, "skipped", message=on_a_line(f"{r['verdict']}: {reason(r)}"))
         if r["verdict"] == KNOWN:
-            found.text = full_text(r)
+            found.text = full_text(r, foot)
     return made
 
 
@@ -68,11 +75,10 @@ def reason(r: Record) -> str:
     return f"{r['known']['reason']} {r['known']['link']}" if "known" in r else r["message"]
 
 
-def full_text(r: Record) -> str:
-    """What was found, the known mistake that it looks like, the command that runs it again."""
-    lines = [r["message"]]
-    if "nearest" in r:
-        lines.append(f"{r['nearest']['how']}: {r['nearest']['does']} ({r['nearest']['id']})")
+def full_text(r: Record, foot: Record) -> str:
+    """Which of the run's causes it has, what was found, what that looks like, the command that runs it again."""
+    cause = f"{numbered(r['cause'], foot)}: {told(foot['causes'][r['cause'] - 1])}" if "cause" in r else ""
+    lines = [*([cause] if cause else []), r["message"], *(line for line in explained(r) if line not in cause)]
     if "rerun" in r:
         lines.append(r["rerun"])
     return "\n".join(lines)

@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 
 from gxpo_conformance.clauses.table import GROUPS, SPEC_VERSION, clauses
-from gxpo_conformance.mutants.nearest import Nearest, how
-from gxpo_conformance.trial import BLOCKED, KNOWN, NOT_RUN, PASS, VERDICTS, Result, Verdict
+from gxpo_conformance.mutants.nearest import Nearest
+from gxpo_conformance.reports.causes import FLOAT32, Record, causes, hint, single_precision
+from gxpo_conformance.trial import BLOCKED, ERROR, FAIL, NOT_RUN, PASS, VERDICTS, Result, Verdict
 from gxpo_conformance.wire import number
 
 FORMAT = 1  # of these records; a field may be added, none changes its meaning
-
-Record = dict[str, Any]
 
 MOST = 4000  # characters of one text; a port may say a megabyte, and three dtypes say it again
 MOST_ON_A_LINE = 300
@@ -84,7 +83,8 @@ def records(
         results = verdict.results.get(clause.id)
         if results == {}:  # looked at, and none of the dtypes can show it
             made.append({**about(clause.id), "dtype": None, "verdict": NOT_RUN, "message": "no dtype of this run"})
-        made += [result(r, verdict, command, nearest) for r in (results or {}).values()]
+        made += [result(r, verdict, command) for r in (results or {}).values()]
+    explain(made[1:], verdict, nearest)
     return [fit(r) for r in (*made, footer(verdict, made[1:], seconds))]
 
 
@@ -115,7 +115,7 @@ def about(clause: str) -> Record:
     }
 
 
-def result(r: Result, verdict: Verdict, command: str, nearest: Nearest | None) -> Record:
+def result(r: Result, verdict: Verdict, command: str) -> Record:
     """One clause in one dtype; what a verdict does not have is left out."""
     made = {
         **about(r.clause.id),
@@ -130,17 +130,36 @@ def result(r: Result, verdict: Verdict, command: str, nearest: Nearest | None) -
         finding = dataclasses.asdict(r.finding)
         made["finding"] = {k: number(v) if isinstance(v, float) else v for k, v in finding.items() if v is not None}
         made["rerun"] = rerun(r, verdict, command)
+        if r.finding.run:
+            made["run"] = r.finding.run
         made["case"] = r.case()
-        found = nearest.of(r) if nearest and r.verdict != KNOWN else None
-        if found:
-            made["nearest"] = {"how": how(r.finding), "id": found.id, "does": found.does, "source": found.source}
     return made
+
+
+def explain(results: list[Record], verdict: Verdict, nearest: Nearest | None) -> None:
+    """Adds to what failed the known mistakes that account for it, else what the failure itself gives away."""
+    float32 = single_precision(verdict)
+    for r in results:
+        if r["verdict"] != FAIL:
+            continue
+        found = verdict.results[r["clause"]][r["dtype"]]
+        if nearest and (guess := nearest.of(found)):
+            r["candidates"] = [
+                {"how": guess.how, "id": m.id, "does": m.does, "source": m.source} for m in guess.mutants
+            ]
+            if len(guess.mutants) == 1:
+                r["nearest"] = r["candidates"][0]
+        if said := hint(found):
+            r["hint"] = said
+        elif r["clause"] in float32 and r["dtype"] == "float64" and "candidates" not in r:
+            r["hint"] = FLOAT32
 
 
 def rerun(r: Result, verdict: Verdict, command: str) -> str:
     """The command that runs just this again. `command` holds the options that name the port."""
     device = "" if verdict.device == "cpu" else f" --device {verdict.device}"
-    return f"gxpo-conformance repro {r.clause.id}{command} --dtype {r.dtype}{device}"
+    target = (r.finding and r.finding.run) or r.clause.id
+    return f"gxpo-conformance repro {target}{command} --dtype {r.dtype}{device}"
 
 
 def footer(verdict: Verdict, results: list[Record], seconds: float) -> Record:
@@ -149,10 +168,12 @@ def footer(verdict: Verdict, results: list[Record], seconds: float) -> Record:
         "record": "footer",
         "headline": verdict.headline,
         "words": verdict.words,
+        "notes": verdict.notes,
         "exit_status": verdict.exit_status,
-        "must": {"passed": verdict.count("MUST", PASS), "all": verdict.must},
-        "options": {"passed": verdict.count("OPTION", PASS), "declared": verdict.declared},
+        "must": {"passed": verdict.count("MUST", PASS, ERROR), "all": verdict.must},
+        "options": {"passed": verdict.count("OPTION", PASS, ERROR), "declared": verdict.declared},
         "not_run": verdict.which(BLOCKED, NOT_RUN),
+        "causes": causes(results),
         "results": len(results),
         "counts": counts,
         "seconds": round(seconds, 2),

@@ -7,12 +7,14 @@ import sys
 import textwrap
 
 from gxpo_conformance.clauses.table import GROUPS, SPEC_VERSION, Clause
+from gxpo_conformance.reports.causes import headline, told
 from gxpo_conformance.reports.record import MOST_NAME, Record, legible, on_a_line
 from gxpo_conformance.reports.score import score_lines
 from gxpo_conformance.trial import BLOCKED, ERROR, FAIL, KNOWN, NOT_RUN, PASS, UNDECLARED, Verdict
 
 CELL = 12  # "undeclared" and a space
 MOST_SHOWN = 12  # failures told in full; what one mistake does to forty clauses need not be read forty times
+MOST_CAUSES = 8  # of them, the largest
 MOST_TOLD = 1200  # characters of one message
 
 
@@ -49,16 +51,27 @@ def wrapped(text: str, indent: str = "      ") -> str:
     return "\n".join(indent + part for line in lines for part in line)
 
 
+def say_causes(causes: list[Record]) -> None:
+    """What is to be mended, before all that it breaks."""
+    if len(causes) == 1:
+        say(wrapped(f"1 cause: {told(causes[0])}", "") + "\n")
+    elif causes:
+        lines = [wrapped(f"{n}. {told(c)}", "  ") for n, c in enumerate(causes[:MOST_CAUSES], 1)]
+        more = [f"  ... and {len(causes) - MOST_CAUSES} more"] if len(causes) > MOST_CAUSES else []
+        say("\n".join([f"{headline(causes)}:", *lines, *more]) + "\n")
+
+
 def summary(records: list[Record]) -> None:
     """What failed and why, what did not run, the headline, and a footer that a cut-off report lacks."""
     head, *results, foot = records
     say()
     failures = [r for r in results if r["verdict"] in (FAIL, ERROR)]
+    say_causes(foot["causes"])
     for r in failures[:MOST_SHOWN]:
         say(f"{r['verdict'].upper():<5} {r['clause']}  {r['dtype']}  {r['rule']}")
         say(wrapped(r["message"]))
-        if "nearest" in r:
-            say(wrapped(f"{r['nearest']['how']}: {r['nearest']['does']} ({r['nearest']['id']})"))
+        if len(foot["causes"]) > 1 and "cause" in r:
+            say(f"      cause {r['cause']}")
         if "rerun" in r:
             say(f"      {r['rerun']}")
     if len(failures) > MOST_SHOWN:
@@ -83,5 +96,7 @@ def summary(records: list[Record]) -> None:
     for line in score_lines(records):
         say(textwrap.fill(line, 116, subsequent_indent="      ", break_on_hyphens=False))
     say(f"GXPO {SPEC_VERSION}: {foot['headline']}")
+    for note in foot["notes"]:
+        say(wrapped(note, ""))
     say(f"verdict: {foot['words']}")
     say(f"{ran} checks ran in {foot['seconds']:.1f} s; end of report")
