@@ -81,7 +81,7 @@ class Server:
                 raise Raised(answer["raise"])
             return parse_number(answer["loss"]), from_wire(answer["grads"], kind)
 
-        supplied = {"statistic": message["statistic"]} if "statistic" in message else {}
+        supplied = {"statistic": parse_number(message["statistic"])} if "statistic" in message else {}
         try:
             self.sessions[message["session"]].step(grad, **supplied)
         except Exception as error:
