@@ -2,28 +2,39 @@
 
 python -m gxpo_conformance.figures budgets   how much of its rounding budget a right implementation needs
 python -m gxpo_conformance.figures speed     how long whole commands take, wall-clock, imports included
+python -m gxpo_conformance.figures names     how often a failing port is given the name of the right known mistake
 
 budgets: random settings, parameters and scripted gradients; the port (the bundled gxpo.py, or --impl) beside the
 oracle. A column a dtype; each cell is the 50th and 99th percentile and the largest number of budgets that any point of
 a case took. The suite allows ALLOWED of them.
+
+names: each of the suite's mutants as a port, in float64 and float32, as it is, and with its own entry taken from
+the known mistakes: then it stands for a mistake that nobody knows, and any name is wrong. mutants/matrix.json has to be
+of this state (selftest --json).
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from gxpo_conformance.harness.budget import ALLOWED
 from gxpo_conformance.harness.harness import Harness, Run
+from gxpo_conformance.mutants import MUTANTS
+from gxpo_conformance.mutants.nearest import Nearest
 from gxpo_conformance.process.load import load
 from gxpo_conformance.protocol import CORE, DTYPES, AdapterError, check_capabilities, config
+from gxpo_conformance.trial import judge
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1},
@@ -108,11 +119,53 @@ def speed(given: argparse.Namespace) -> None:
         print(f"{what:<34}" + "  ".join(f"{t:5.1f}" for t in times) + f"   (aim: {bound})", flush=True)
 
 
+RIGHT, AMONG, UNKNOWN, LIKELY, CERTAIN = NAMED = (
+    "right",
+    "among several",
+    "does not know",
+    "wrong, as likely",
+    "wrong, as certain",
+)
+
+
+def named(who: str) -> list[tuple[str, str]]:
+    """How a mutant is named: as it is, and without its own entry; each as (one of NAMED, the words)."""
+    verdict = judge(MUTANTS[who].port(), ["float64", "float32"])
+    found = []
+    for without in ([], [who]):
+        guess = next(iter(Nearest(verdict, without).guesses), None)
+        if guess is None:
+            kind = UNKNOWN
+        elif MUTANTS[who] in guess.mutants:
+            kind = RIGHT if len(guess.mutants) == 1 else AMONG
+        else:
+            kind = CERTAIN if guess.certain else LIKELY
+        found.append((kind, guess.words if guess else ""))
+    return found
+
+
+def names(given: argparse.Namespace) -> None:
+    began = time.perf_counter()
+    chosen = given.mutants or list(MUTANTS)
+    counts: list[Counter[str]] = [Counter(), Counter()]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for who, found in zip(chosen, pool.map(named, chosen), strict=True):
+            for of, (kind, words) in zip(counts, found, strict=True):
+                of[kind] += 1
+                if kind in (LIKELY, CERTAIN):
+                    print(f"{who}: {kind}: {words}", flush=True)
+    print(f"{len(chosen)} mistakes, {time.perf_counter() - began:.0f} s")
+    for about, of in zip(("known", "unknown"), counts, strict=True):
+        fine = sum(of[kind] for kind in (RIGHT, AMONG, UNKNOWN)) / len(chosen)
+        told = ", ".join(f"{kind} {of[kind]}" for kind in NAMED if of[kind])
+        print(f"as mistakes that are {about}: {told}; right or silent in {100 * fine:.1f} of 100")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         "python -m gxpo_conformance.figures", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(required=True, metavar="budgets | speed")
+    commands = parser.add_subparsers(required=True, metavar="budgets | speed | names")
     budget = commands.add_parser("budgets", help="rounding budgets that a right implementation needs")
     budget.add_argument("--impl", help="the port's adapter (default: the bundled gxpo.py)")
     budget.add_argument("--cases", type=int, default=200, help="random cases a cell (default: %(default)s)")
@@ -121,6 +174,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     timing = commands.add_parser("speed", help="wall-clock of whole commands")
     timing.add_argument("--runs", type=int, default=2, help="of each command (default: %(default)s)")
     timing.set_defaults(function=speed)
+    naming = commands.add_parser("names", help="how often a known mistake is named rightly")
+    naming.add_argument("mutants", nargs="*", metavar="MUTANT", help="only these (default: all)")
+    naming.set_defaults(function=names)
     given = parser.parse_args(arguments)
     try:
         given.function(given)

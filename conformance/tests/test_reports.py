@@ -383,6 +383,17 @@ class GoesOn(InPlace):
         return super().ask(grad, point)
 
 
+class LooksForNaN(Functional):
+    """An infinite loss goes through."""
+
+    def ask(self, grad: Any, point: Arrays) -> Any:
+        def finite(params: Arrays) -> Any:
+            loss, grads = grad(params)
+            return (0.0 if loss == np.inf else loss), grads
+
+        return super().ask(finite, point)
+
+
 def of_model(kind: type[Functional], dtypes: list[str], only: list[str], **how: Any) -> list[Record]:
     verdict = judge(ModelPort(kind, "model"), dtypes, only=only, **how)
     return records(verdict, "", 0.5, Nearest(verdict))
@@ -473,6 +484,8 @@ def test_a_request_too_many_after_a_failed_pass_is_said() -> None:
     said = {r["clause"]: r["hint"] for r in found[1:-1] if "hint" in r}
     assert said["NUM-05"].startswith("asked twice more after a non-finite loss: ")
     assert said["NUM-03"].startswith("asked twice more after a non-finite gradient: ")
+    (cause,) = of_model(LooksForNaN, ["float64"], ["NUM-05"])[-1]["causes"]
+    assert cause["what"].startswith("asked once more after a non-finite loss: ")  # the count is right, the point is not
 
 
 @pytest.mark.parametrize(

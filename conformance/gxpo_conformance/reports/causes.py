@@ -62,11 +62,15 @@ def about_float32(finding: Finding, fine: bool) -> bool:
 def hint(result: Result) -> str | None:
     """A count of gradients that is wrong, in words; None where that is not it."""
     finding = result.finding
-    if finding is None or finding.phase != "gradients asked" or finding.got is None or finding.wanted is None:
+    if finding is None:
         return None
     steps = result.talk.steps if result.talk else []
     at = finding.step if finding.step is not None else len(steps) - 1
     odd = failed_pass(steps[at]) if 0 <= at < len(steps) else None
+    if odd and "theta0, asked again," in finding.text:  # one more is right there, but only of theta0
+        return counted(1, 0, odd)
+    if finding.phase != "gradients asked" or finding.got is None or finding.wanted is None:
+        return None
     return counted(int(finding.got), int(finding.wanted), odd)
 
 
