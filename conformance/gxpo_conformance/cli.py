@@ -27,6 +27,7 @@ from gxpo_conformance.reports.html import html, matrix_page
 from gxpo_conformance.reports.junit import junit
 from gxpo_conformance.reports.record import Record, legible, records
 from gxpo_conformance.reports.terminal import Terminal, summary
+from gxpo_conformance.search import search
 from gxpo_conformance.suggest import did_you_mean
 from gxpo_conformance.trial import Trial, judge
 from gxpo_conformance.vectors import files as vectors
@@ -158,6 +159,23 @@ def reproduce(arguments: Sequence[str]) -> int:
     )
 
 
+class Progress:
+    """How many runs are done, on a terminal's standard error alone."""
+
+    def __init__(self, what: str, of: int, refusals: list[str]) -> None:
+        self.what, self.of, self.refusals, self.shown = what, of, refusals, sys.stderr.isatty()
+
+    def __call__(self, done: int, refusal: str) -> None:
+        if refusal:
+            self.refusals.append(refusal)
+        if self.shown:
+            print(f"\r{self.what}: {done} of {self.of} runs ", end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        if self.shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+
 def random_search(arguments: Sequence[str]) -> int:
     parser = command(
         "search",
@@ -166,21 +184,27 @@ def random_search(arguments: Sequence[str]) -> int:
         paragraph("Exit status: 0 every case passed; 1 one failed; 2 the adapter or the command line broke."),
     )
     which_port(parser)
-    parser.add_argument("--seeds", type=count, default=5, help="0 to N - 1 (default: %(default)s)")
-    parser.add_argument("--cases", type=count, default=100, help="random cases a seed and dtype (default: %(default)s)")
+    parser.add_argument("--seeds", type=count, default=5, help="1 to N; a verdict's is 0 (default: %(default)s)")
+    parser.add_argument("--cases", type=count, default=100, help="random runs a seed and dtype (default: %(default)s)")
     parser.add_argument("--case", metavar="FILE", help="write the smallest failing run as JSON; repro FILE replays it")
     options = parser.parse_args(arguments)
     require_writable({"--case": options.case})
-    from gxpo_conformance.search import search  # needs hypothesis, which the suite does without
-
     trial = Trial(the_port(options), options.dtype, options.device, time_limit=options.time_limit)
+    name = trial.verdict.port
     for dtype, harness in trial.harnesses.items():
-        for seed in range(options.seeds):
-            found = search(harness, seed, options.cases)
-            print(f"{trial.verdict.port}, {dtype}, seed {seed}: {'FAIL' if found else f'{options.cases} cases pass'}")
+        for seed in range(1, options.seeds + 1):
+            refusals: list[str] = []
+            progress = Progress(f"{name}, {dtype}, seed {seed}", options.cases, refusals)
+            found = search(harness, seed, options.cases, progress)
+            progress.end()
+            print(f"{name}, {dtype}, seed {seed}: {'FAIL' if found else f'{options.cases - len(refusals)} runs pass'}")
+            if refusals:
+                print(f"    {len(refusals)} refused by the port, which declares them; the first: {refusals[0]}")
             if found:
                 failure, case = found
                 print(f"{failure}\nconfig: {json.dumps(case['config'])}")
+                again = f"repro '{failure.where['run']}'{naming(options)} --dtype {dtype}"
+                print(f"gxpo-conformance {again}")
                 if options.case:
                     write("--case", options.case, json.dumps(case, indent=1) + "\n")
                 return 1

@@ -7,7 +7,7 @@ import numpy as np
 from gxpo_conformance.clauses.gate import CALM, observed, play
 from gxpo_conformance.clauses.table import check
 from gxpo_conformance.harness.harness import Harness, Run, Script
-from gxpo_conformance.protocol import Config, config
+from gxpo_conformance.protocol import Config, config, declares
 
 MOMENTUM = {"lr": 0.125, "momentum": 0.5}  # a state that remembers what should have left no trace
 THETA = np.array([0.5, -0.25, 1.0, 0.0])
@@ -104,6 +104,11 @@ def an_exception_does_not_reach_the_gate(harness: Harness) -> None:
     run.raising(observed(1.0), 2)
     run.step(observed(64.0), judge="counts")  # the fourth observation: still not scored
     run.step(observed(1.0), judge="counts")
+    if declares(harness.capabilities, "gate_options:warmup"):  # nor is it a step of the warm-up
+        run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 2, "warmup": 2}))
+        run.raising(observed(1.0), 0)
+        for h in (64.0, 64.0, 1.0, 1.25, 64.0, 1.0):
+            run.step(observed(h), judge="counts")
 
 
 @check("ATM-04", leans=("OPT-02",), coarse=True)
@@ -128,6 +133,8 @@ def resumed(harness: Harness, norms: list[float], later: list[float], settings: 
 @check("CKP-01", coarse=True)
 def resumes_with_a_half_full_window(harness: Harness) -> None:
     resumed(harness, [1.0, 1.25], [0.75, 1.0, 2.0, 1.0], config(gate={"window": 4}))
+    if harness.dtype == "float64":  # what float32 does not hold
+        resumed(harness, [1.0 + 2.0**-30] * 4, [1.0 + 2.0**-30] * 3, config(gate={"window": 4}))
 
 
 @check("CKP-02", coarse=True)

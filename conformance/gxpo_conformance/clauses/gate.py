@@ -137,6 +137,9 @@ def warmup_observes_nothing_that_lasts(harness: Harness) -> None:
 @check("GAT-15", coarse=True)
 def cooldown_ends(harness: Harness) -> None:
     play(harness, [*CALM, 2.0, 1.0, 1.0, 1.0, 1.0], single=[5, 6], cooldown=2)
+    play(harness, [*CALM, 2.0, 1.0, 1.0], cooldown=0)  # active again at once
+    # After a second trip it is counted anew: 16 trips a window that has seen the 2.
+    play(harness, [*CALM, 2.0, 1.0, 1.0, 16.0, 1.0, 1.0, 1.0], single=[5, 6, 8, 9], cooldown=2)
 
 
 @check("GAT-16", coarse=True)
@@ -150,6 +153,10 @@ def cooldown_keeps_the_baseline(harness: Harness) -> None:
 @check("GAT-17", coarse=True)
 def budget_of_active_steps(harness: Harness) -> None:
     play(harness, [1.0] * 8, single=[3, 4, 5, 6, 7], max_active_steps=3)
+    if declares(harness.capabilities, "gate_options:warmup"):  # steps of the warm-up are spent as well, and end with it
+        play(harness, [1.0] * 6, single=[3, 4, 5], max_active_steps=3, warmup=2)
+        play(harness, [1.0] * 6, single=[2, 3, 4, 5], max_active_steps=2, warmup=4)
+    play(harness, [1.0] * 3, single=[0, 1, 2], max_active_steps=0)  # none is a number, too
     if declares(harness.capabilities, "gate_statistics:never"):  # it counts steps, not observations
         play(harness, [1.0] * 5, single=[3, 4], max_active_steps=3, statistic="never")
 
@@ -197,6 +204,7 @@ def disagreement_is_watched(harness: Harness) -> None:
     play(harness, [*calm, turned(0.0, 0.0), 1.0], single=[5], statistic="disagreement")  # agrees with nothing: 1
     tiny = [[{"w": g["w"] * 2.0**-18} for g in script] for script in (*calm, turned(0.0, 1.0))]
     play(harness, [*tiny, 1.0], single=[5], statistic="disagreement")  # however small they are
+    play(harness, [*calm, turned(0.38, 0.925), 1.0], single=[5], statistic="disagreement")  # 1 - cos^2 would score 2.5
     # One cosine over all tensors together: each alone turns by a right angle in the last step but one, or not at all.
     run = harness.begin({"w": np.zeros(2), "v": np.zeros(2)}, config(gate={"window": 4, "statistic": "disagreement"}))
     for n, (w, v) in enumerate([(0.8, 0.6), (0.6, 0.8), (0.8, 0.6), (0.6, 0.8), (0.7, 0.7), (0.0, 0.1), (1.0, 1.0)]):

@@ -72,10 +72,11 @@ def each_tensor_has_its_own_rms(harness: Harness) -> None:
 @check("EST-04", dtypes=("float32",))
 def overflowing_ratio_stays_finite(harness: Harness) -> None:
     # g1 / g0 = 2^129 at an active coordinate, above float32; both norms are finite and no square is subnormal that
-    # matters. q = 1 is the rule; a port that divides in a wider type sees the clamp and q = K/2 + 1.
-    talk = harness.talk({"w": np.zeros(2)}, config(horizon=4, optimizer={"lr": 2.0**-63}))
-    g0, g1 = np.array([2.0**-58, 2.0**-66]), np.array([2.0**-58, 2.0**63])
-    asked = talk.step([{"w": g0}, {"w": g1}, {"w": g0}]).asked
+    # matters. q = 1 is the rule; a port that divides in a wider type sees the clamp and q = K/2 + 1. The other tensor
+    # keeps the norm of g0 from being a tiny one, which may count as zero.
+    talk = harness.talk({"w": np.zeros(2), "b": np.zeros(1)}, config(horizon=4, optimizer={"lr": 2.0**-63}))
+    g0, g1, b = np.array([2.0**-58, 2.0**-66]), np.array([2.0**-58, 2.0**63]), np.ones(1)
+    asked = talk.step([{"w": g0, "b": b}, {"w": g1, "b": b}, {"w": g0, "b": b}]).asked
     if len(asked) != 3:
         raise Failure(f"{len(asked)} gradients asked, should be 3", phase="gradients asked")
     got = float(asked[2]["w"][1])

@@ -18,7 +18,7 @@ from gxpo_reference.oracle import Trace, extrapolation_scale
 UNIT_ROUNDOFF = {"float64": 2.0**-53, "float32": 2.0**-24, "bfloat16": 2.0**-8}
 ALLOWED = 4.0
 UPDATE = {"sgd": 4.0, "adamw": 16.0}  # roundings in one update, those of clipping included
-Q_ROUNDINGS = 4.0
+Q_ROUNDINGS = 4.0  # and K / 2 more: q is a sum of about so many terms
 
 
 class Budget:
@@ -74,9 +74,10 @@ class Budget:
         """(what `there` = U(here, c g_i) may be off, the moment after it)."""
         opt, after, budget = self.config["optimizer"], {}, {}
         c = trace.clips[i] if i < len(trace.clips) else 1.0
+        entries = sum(g.size for g in trace.grads[i].values()) if c < 1 else 0  # summed one by one they round so often
         adamw = opt["name"] == "adamw"
         decay = opt["betas"][0] if adamw else opt["momentum"]
-        stateful = 2.0 * (advances + 1) if decay else 0.0
+        stateful, corrections = 2.0 * (advances + 1) if decay else 0.0, 0.0
         for k, theta in here.items():
             g, before = np.abs(c * trace.grads[i][k]), moment.get(k, 0.0)
             if adamw:
@@ -85,18 +86,28 @@ class Budget:
                 n, v = state["step"], state["exp_avg_sq"][k]
                 size = after[k] / (1 - decay**n) / (np.sqrt(v / (1 - opt["betas"][1] ** n)) + opt["eps"])
                 size = size + opt["weight_decay"] * np.abs(theta)
+                corrections = self.corrections(n, opt["betas"])
             else:
                 size = after[k] = decay * before + g + opt["weight_decay"] * np.abs(theta)
-            roundings = (UPDATE[opt["name"]] + stateful) * opt["lr"] * size
+            roundings = (UPDATE[opt["name"]] + stateful + corrections + entries / 4) * opt["lr"] * size
             budget[k] = error[k] + self.u * (np.abs(theta) + np.abs(there[k]) + roundings)
         return budget, after
+
+    @staticmethod
+    def corrections(n: int, betas: list[float]) -> float:
+        """Roundings of AdamW's bias corrections: where a beta is kept in the run's dtype, 1 - beta^n loses what beta
+        lacks of 1. In float32 with 0.999 that is the largest of all."""
+        lost = [b**n / (1 - b**n) for b in betas]
+        return (n + 1) / 4 * (lost[0] + lost[1] / 2)  # the second stands under a root
 
     def move(self, trace: Trace, k: str, error1: np.ndarray, error2: np.ndarray, exact_ratio: bool) -> np.ndarray:
         """What theta~ may be off."""
         assert trace.q is not None  # theta~ was made with it
         theta0, tilde, q, u = trace.points["theta0"][k], trace.points["theta~"][k], trace.q[k], self.u
         distance = np.abs(trace.points["theta2"][k] - theta0)
-        dq = Q_ROUNDINGS * u * q + (0.0 if exact_ratio else self.spread(trace, k, error1, error2))
+        dq = (Q_ROUNDINGS + self.config["horizon"] / 2) * u * q + (
+            0.0 if exact_ratio else self.spread(trace, k, error1, error2)
+        )
         return u * (np.abs(tilde) + np.abs(theta0)) + self.config["alpha"] * (
             q * (error2 + u * distance) + dq * distance
         )

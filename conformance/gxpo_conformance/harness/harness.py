@@ -350,6 +350,7 @@ class Harness:
     dtype: str
     device: str
     time_limit: float | None = TIME_LIMIT
+    foremost: bool = True  # of the dtypes of a verdict the one in which all awkward runs are played
     talks: list[Dialogue] = field(default_factory=list)  # of the check in progress
     latest: Dialogue | None = None  # the one that spoke last
 

@@ -41,7 +41,7 @@ USUAL: dict[str, dict[str, Any]] = {
     "adamw": {"name": "adamw", "lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8},
 }
 # Where the next observation is to lie: z as a share of the threshold.
-TARGETS = {"calm": (-0.5, 0.5), "below": (0.86, 0.92), "above": (1.08, 1.15), "far": (2.0, 6.0)}
+TARGETS = {"calm": (-0.3, 0.3), "below": (0.86, 0.92), "above": (1.08, 1.15), "far": (2.0, 6.0)}
 TARGETS |= {"low": (-1.15, -1.08), "not so low": (-0.92, -0.86)}
 BAD = (math.nan, math.inf, -math.inf)
 TRIES = 6  # to draw a step that rounding cannot decide
@@ -83,7 +83,8 @@ def settings(levels: Levels, dice: Dice) -> Config:
         if "momentum" in optimizer:
             optimizer["momentum"] = round(dice.number(0.3, 0.95), 3)
         if "betas" in optimizer:
-            optimizer["betas"] = [round(dice.number(0.3, 0.95), 3), round(dice.number(0.55, 0.997), 4)]
+            first = 0.0 if dice.chance(0.15) else round(dice.number(0.3, 0.95), 3)
+            optimizer["betas"] = [first, round(dice.number(0.55, 0.997), 4)]
             optimizer["eps"] = dice.choice([1e-8, 1e-3, 0.1])
     if levels["decay"]:
         optimizer["weight_decay"] = round(dice.number(0.05, 0.4), 3) if odd else 0.01
@@ -91,7 +92,7 @@ def settings(levels: Levels, dice: Dice) -> Config:
         optimizer["lr"] *= 2.0 ** -SCALES[levels["scale"]]
     gate = {k: levels[k] for k in ("statistic", "baseline", "window", "threshold", "patience", "two_sided")}
     gate |= {k: levels[k] for k in ("warmup", "cooldown", "max_active_steps")}
-    gate["omega"] = round(dice.number(0.05, 0.6), 3) if odd else 0.1
+    gate["omega"] = (round(dice.number(0.05, 0.6), 3) if dice.chance(0.93) else 1.0) if odd else 0.1
     if odd:
         gate["threshold"] = round(levels["threshold"] * dice.number(0.9, 1.2), 3)
     return config(
@@ -115,8 +116,10 @@ class Builder:
             self.shapes = dict(zip(reversed([*self.shapes]), self.shapes.values(), strict=True))
         unit = 2.0 ** SCALES[levels["scale"]]
         mixed = levels["scale"] == "mixed"
-        self.units = {k: unit * (2.0 ** dice.choice([-34, -20, -8, 6]) if mixed and n else 1.0) for n, k in
-                      enumerate(self.shapes)}  # fmt: skip
+        self.large = next(k for k, shape in self.shapes.items() if math.prod(shape))  # never tiny, so nor is the norm
+        self.units = {
+            k: unit * (2.0 ** dice.choice([-34, -20, -8, 6]) if mixed and k != self.large else 1.0) for k in self.shapes
+        }
         self.made = settings(levels, dice)
         self.base = self.usual_norm() * dice.number(0.7, 1.4)  # the norm that gradients have where no gate is aimed at
         if levels["clip"] != "off":
@@ -149,11 +152,12 @@ class Builder:
     def first(self, dice: Dice) -> Arrays:
         """g0: with zeros, and with coordinates about the activity bound."""
         made = self.arrays(dice)
-        for a in made.values():
+        for k, a in made.items():
             flat = a.reshape(-1)
             if flat.size > 64 and dice.chance(0.6):  # parts of it are small, as a block or the tail may be
-                parts = 2.0 ** -np.floor(dice.uniform(1 + flat.size // 64) * 13)
-                flat *= np.repeat(parts, 64)[: flat.size]
+                part = dice.choice([64, 512, 1024, flat.size // 2 + 1])
+                parts = 2.0 ** -np.floor(dice.uniform(1 + flat.size // part) * 13)
+                flat *= np.repeat(parts, part)[: flat.size]
             if flat.size > 2 and dice.chance(0.6):
                 rms = float(np.sqrt(np.mean(flat**2)))
                 for _ in range(1 + flat.size // 200):
@@ -161,11 +165,10 @@ class Builder:
                     flat[at] = math.copysign(dice.choice(SHARES) * rms, flat[at])
             if flat.size > 1 and dice.chance(0.5):
                 flat[dice.uniform(flat.size) < 0.15] = 0.0
-            if len(made) > 1 and dice.chance(0.07):
+            if len(made) > 1 and dice.chance(0.07) and k != self.large:
                 flat[:] = 0.0
         if not any(a.any() for a in made.values()):  # a zero gradient is another matter
-            k = next(k for k, a in made.items() if a.size)
-            made[k].reshape(-1)[0] = self.units[k]
+            made[self.large].reshape(-1)[0] = self.units[self.large]
         return made
 
     def second(self, dice: Dice, g0: Arrays) -> Arrays:

@@ -1,8 +1,9 @@
-"""Random numbers that are the same on every machine and with every numpy: the raw bits of PCG64, keyed by a text."""
+"""Random numbers that are the same on every machine and with every numpy, keyed by a text."""
 
 from __future__ import annotations
 
 import hashlib
+import random
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,19 +13,19 @@ T = TypeVar("T")
 
 
 class Dice:
-    """Draws that depend on the key alone. (numpy promises the bits of a bit generator, not what Generator makes of
-    them.)"""
+    """Draws that depend on the key alone."""
 
     def __init__(self, *key: object) -> None:
-        seed = hashlib.sha256(repr(key).encode()).digest()[:16]
-        self.bits = np.random.PCG64(int.from_bytes(seed, "big"))
+        seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:16], "big")
+        self.one = random.Random(seed)  # its random() is promised to stay as it is
+        self.bits = np.random.PCG64(seed)  # so are the bits, but not what numpy's Generator makes of them
 
     def uniform(self, n: int) -> np.ndarray:
         """n numbers in [0, 1)."""
         return (np.asarray(self.bits.random_raw(n), dtype=np.uint64) >> np.uint64(11)) * 2.0**-53
 
     def number(self, low: float = 0.0, high: float = 1.0) -> float:
-        return low + (high - low) * float(self.uniform(1)[0])
+        return low + (high - low) * self.one.random()
 
     def chance(self, p: float) -> bool:
         return self.number() < p

@@ -27,7 +27,7 @@ WATCHED = {"statistic": ("corrective_norm", "initial_norm", "disagreement", "sup
 GATE = {k: ALL[k] for k in ("patience", "two_sided", "warmup", "cooldown", "max_active_steps")}
 ANYTHING = {**NUMBERS, **SMALL, **OPTIMIZERS, **STEP, **POLICY, **CLIP, **SCORE, **WATCHED, **GATE}
 
-COUNTED = {**ANYTHING, "sizes": ("few", "one", "several"), "scale": ("unit",)}  # for what only the gate shows
+COUNTED = {**NUMBERS, **SCORE, **WATCHED, "sizes": ("few", "several"), "clip": ("off", "all")}  # what the gate shows
 
 # A mix of what the gate is to see: weights by the names of TARGETS.
 MILD = {"calm": 4.0, "below": 3.0, "above": 1.0, "low": 1.0, "not so low": 0.5}
@@ -52,12 +52,10 @@ class Focus:
     must: tuple[str, ...] = ()
     untidy: bool = False
 
-    def plan(self, name: str) -> list[tuple[str, Levels, tuple[Event, ...]]]:
-        """(name, levels, events) of every run; the name is `clause#n`."""
-        made = []
-        for n, row in enumerate(covering(name, tuple(self.vary.items()), self.rows), 1):
-            made.append((f"{name}#{n}", row, self.events(Dice(name, n, "events"))))
-        return made
+    def plan(self, key: str) -> list[tuple[Levels, tuple[Event, ...]]]:
+        """(levels, events) of every run. `key`: of the dice."""
+        rows = covering(key, tuple(self.vary.items()), self.rows)
+        return [(row, self.events(Dice(key, n, "events"))) for n, row in enumerate(rows)]
 
     def events(self, dice: Dice) -> tuple[Event, ...]:
         due = int(dice.number(0, min(3, self.steps)))
@@ -80,6 +78,18 @@ def accident(*must: str, at: tuple[int, ...] = (0, 1, 2), rows: int = 10, steps:
     return Focus(ANYTHING, rows, steps, "all", LIVELY, {"": 4.0, **dict.fromkeys(must, 1.0)}, at, must, **more)
 
 
+def streak(odd: str) -> Focus:
+    """Accidents in the middle of streaks, and where an observation would have been made."""
+    vary = {**COUNTED, "patience": (2, 3, 1), "cooldown": (None, 0, 1), "two_sided": (False, True)}
+    return Focus(vary, 10, 14, "counts", {"above": 3.0, "calm": 1.0, "below": 1.0}, {"": 2.0, odd: 1.0})
+
+
+def counting(odd: str) -> Focus:
+    """Accidents while something is counted: warm-up, cooldown, the budget of active steps."""
+    vary = {**COUNTED, "warmup": (0, 1, 2, 3), "cooldown": ALL["cooldown"], "max_active_steps": (None, 1, 2, 4, 6)}
+    return Focus(vary, 12, 14, "counts", LIVELY, {"": 2.0, odd: 1.0})
+
+
 def policy(**own: tuple[Any, ...]) -> Focus:
     """What becomes of the optimizer's state, through single passes as well."""
     vary = {**NUMBERS, **STEP, "decay": (False, True), "window": (2, 3), "sizes": ("few", "several"), **own}
@@ -95,6 +105,7 @@ EVEN, ODD = (4, 6, 10, 20, 80), (3, 5, 7, 33)
 FINE = {"numbers": ("odd", "usual"), "start": ALL["start"]}
 SHAPED = {**FINE, "sizes": ALL["sizes"]}
 FEW = {"sizes": ("few", "several")}
+# Two sets of runs for a clause are told apart by what follows the stroke.
 FOCUS: dict[str, Focus] = {
     "EST-01": Focus(
         {**FINE, "horizon": (5, 4, 7, 10), "sizes": ("few", "one", "scalar", "several"), "scale": ALL["scale"]},
@@ -181,7 +192,13 @@ FOCUS: dict[str, Focus] = {
     "GAT-15": gate("cooldown", rows=8, steps=18, vary={"warmup": (0, 2), "two_sided": (False, True)}),
     "GAT-17": gate("max_active_steps", rows=8, vary={"warmup": (0, 3), "statistic": ("corrective_norm", "never")}),
     "GAT-18": gate("baseline", rows=10, vary={"warmup": (0, 2), "two_sided": (False, True), "cooldown": (None, 2)}),
-    "GAT-19": gate("baseline", rows=4, vary={"numbers": ("odd",)}, targets={"calm": 3, "below": 1}),
+    "GAT-19": gate(
+        "baseline",
+        rows=6,
+        steps=18,
+        vary={"numbers": ("odd",), "two_sided": (True, False), "threshold": (0.6, 1.3)},
+        targets={"calm": 3, "low": 1.5, "not so low": 1, "below": 1},
+    ),
     "GAT-20": gate(
         rows=8,
         vary={
@@ -206,15 +223,22 @@ FOCUS: dict[str, Focus] = {
         vary={"cooldown": (0, 1, 2), "max_active_steps": (1, 2, 4, 6), "patience": (1, 2), "warmup": (0, 2)},
     ),
     "GAT-26": gate(rows=8, vary={"statistic": ("supplied",), "baseline": ALL["baseline"], **GATE}),
-    "NUM-01": Focus(ANYTHING, 12, 9, "all", LIVELY, {"": 3.0, "zero": 1.0}, (0, 1, 2), ("zero",)),
+    "NUM-01": Focus(ANYTHING, 10, 9, "all", LIVELY, {"": 3.0, "zero": 1.0}, (0, 1, 2), ("zero",)),
+    "NUM-01/streak": streak("zero"),
+    "NUM-01/count": counting("zero"),
     "NUM-02": accident("gradient", at=(0,)),
     "NUM-03": accident("gradient", at=(1,)),
     "NUM-04": accident("gradient", at=(2,)),
     "NUM-05": accident("loss", rows=10),
-    "NUM-06": Focus(COUNTED, 12, 14, "counts", LIVELY, {"": 2.0, "gradient": 1.0}),
-    "ATM-01": accident("raise", rows=4),
+    "NUM-05/streak": streak("loss"),
+    "NUM-06": streak("gradient"),
+    "NUM-06/count": counting("gradient"),
+    "ATM-01": Focus(
+        {**NUMBERS, **SMALL, **OPTIMIZERS, **STEP, **POLICY, **CLIP}, 6, 6, odd={"": 3.0, "raise": 1.0}, must=("raise",)
+    ),
     "ATM-02": accident("raise", rows=10),
-    "ATM-03": Focus(COUNTED, 12, 14, "counts", LIVELY, {"": 2.0, "raise": 1.0}),
+    "ATM-03": streak("raise"),
+    "ATM-03/count": counting("raise"),
     "ATM-04": accident("interrupt", rows=6),
     "CST-01": gate(rows=6, vary={"horizon": (2, 4, 7, 33), "alpha": (0.5, 0.0, 1.0)}),
     "DEV-01": Focus({**SHAPED, **STEP, **OPTIMIZERS, **CLIP, "scale": ALL["scale"]}, 10, 2),
@@ -223,10 +247,10 @@ FOCUS: dict[str, Focus] = {
     "CKP-02": gate("patience", rows=6, steps=16, odd=RESUMED, must=("resume",)),
     "CKP-03": gate(rows=4, odd=RESUMED, must=("resume",)),
     "CKP-04": resumed(optimizer=("sgd", "momentum")),
-    "CKP-05": gate("max_active_steps", rows=6, odd=RESUMED, must=("resume",)),
+    "CKP-05": gate("max_active_steps", rows=6, odd={**RESUMED, "zero": 0.7, "gradient": 0.7}, must=("resume",)),
     "CKP-06": gate("baseline", rows=8, steps=16, vary={"patience": (1, 2, 3)}, odd=RESUMED, must=("resume",)),
     "CKP-07": gate("cooldown", rows=6, steps=16, odd=RESUMED, must=("resume",)),
-    "CKP-08": gate("warmup", rows=6, odd=RESUMED, must=("resume",)),
+    "CKP-08": gate("warmup", rows=6, odd={**RESUMED, "zero": 0.7, "gradient": 0.7}, must=("resume",)),
     "CKP-09": resumed(optimizer=("adamw",)),
     "CKP-10": Focus(ANYTHING, 12, 9, "all", LIVELY, {"": 2.0, "resume": 1.0}, must=("resume",)),
 }
@@ -237,9 +261,9 @@ ACCIDENTS |= {"raise": "exceptions", "interrupt": "exceptions", "resume": "check
 RANDOM_STEPS = (4, 10)
 
 
-def random_run(name: str, options: bool) -> tuple[Levels, tuple[Event, ...], bool]:
-    """(levels, events, untidy) of the random run that `name` stands for. `options`: over all that a port may declare,
-    or the core alone."""
+def random_run(name: str, options: bool) -> tuple[Levels, tuple[Event, ...], str, bool]:
+    """(levels, events, judge, untidy) of the random run of that name. `options`: over all that a port may declare, or
+    the core alone."""
     dice = Dice(name, "random")
     core = {"numbers", "horizon", "alpha", "window", "threshold", "sizes", "scale", "start", "ratios"}
     levels: Levels = {}
@@ -265,4 +289,4 @@ def random_run(name: str, options: bool) -> tuple[Levels, tuple[Event, ...], boo
     events = []
     for n in range(int(dice.number(*RANDOM_STEPS))):
         events.append(Event(n, dice.weighted(targets), dice.weighted(odd), int(dice.number(0, 3))))
-    return levels, tuple(events), dice.chance(0.3)
+    return levels, tuple(events), "all", dice.chance(0.3)

@@ -100,7 +100,7 @@ def covering(key: str, vary: tuple[tuple[str, tuple[Any, ...]], ...], most: int)
         return sum(pair in left for pair in pairs), sum(item in singles for item in row.items())
 
     while len(rows) < most and (left or singles):
-        row = max(({name: dice.choice(among[name]) for name in names} for _ in range(30)), key=gain)
+        row = max(({name: dice.choice(among[name]) for name in names} for _ in range(10)), key=gain)
         if rows and gain(row) == (0, 0):
             break
         left -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}

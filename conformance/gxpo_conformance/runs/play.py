@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -14,10 +15,10 @@ from gxpo_conformance.runs.build import Event, Plan, build, fit
 from gxpo_conformance.runs.focus import ACCIDENTS, FOCUS, random_run
 from gxpo_conformance.runs.levels import FACTORS, SIMPLEST, Levels, fitted
 
-RANDOM_RUNS = 200  # of a verdict, in float64 and a clause; fewer elsewhere
+RANDOM_RUNS = {"RND-01": 80, "RND-02": 160}  # of a verdict
 SEED = 0
+SHARE = 4  # of the awkward runs, one in so many is played in the further dtypes of a verdict, too
 MOST_TRIES = 60  # to make a failing run smaller
-IN_THE_LEAST = {"RND-01": False, "RND-02": True}  # whether over all options
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,49 @@ def possible(events: tuple[Event, ...], harness: Harness) -> tuple[Event, ...]:
 
 
 def has_runs(clause: str) -> bool:
-    return clause in IN_THE_LEAST or clause in FOCUS
+    return clause in RANDOM_RUNS or clause in FOCUS
 
 
 def runs_of(clause: str, harness: Harness, seed: int = SEED) -> Iterator[Awkward]:
     """The awkward runs of a clause, as far as the port declares what is in them."""
-    if clause in IN_THE_LEAST:
-        for n in range(RANDOM_RUNS if harness.dtype == "float64" else RANDOM_RUNS // 4):
-            yield named(f"{clause}#{seed}/{n}", harness)
-    elif clause in FOCUS:
-        rows = FOCUS[clause].plan(clause)
-        for name, _, _ in rows if harness.dtype == "float64" else rows[: (len(rows) + 1) // 2]:
-            yield named(name, harness)
+    if clause in RANDOM_RUNS:
+        names = [f"{clause}#{seed}/{n}" for n in range(RANDOM_RUNS[clause])]
+    else:
+        names = [name for name, _ in planned(clause)]
+    for name in names if harness.foremost else names[::SHARE]:
+        yield named(name, harness)
+
+
+@functools.cache
+def planned(clause: str) -> tuple[tuple[str, Awkward], ...]:
+    """The runs that the covering arrays of a clause give, by name, as a port that has everything plays them."""
+    made: list[tuple[str, Awkward]] = []
+    for key, focus in FOCUS.items():
+        if key.partition("/")[0] == clause:
+            for levels, events in focus.plan(key):
+                name = f"{clause}#{len(made) + 1}"
+                made.append((name, Awkward(name, levels, events, focus.judge, focus.untidy)))
+    return tuple(made)
 
 
 def named(name: str, harness: Harness) -> Awkward:
-    """The run of that name: NUM-03#4, RND-02#0/117. ValueError for one that there is not."""
-    found = re.fullmatch(r"([A-Z]{3}-\d\d)#(?:(\d+|fixed)/)?(\d+)", name)
-    if found and found[1] in IN_THE_LEAST and found[2]:
-        levels, events, untidy = random_run(name, IN_THE_LEAST[found[1]])
-        judge = "all"
+    """The run of that name, as the port can play it: NUM-03#4, RND-02#0/117. ValueError where there is none."""
+    found = re.fullmatch(r"([A-Z]{3}-\d\d)#(?:(\d+)/)?(\d+)", name)
+    if found and found[1] in RANDOM_RUNS and found[2]:
+        whole = Awkward(name, *random_run(name, options=found[1] == "RND-02"))
     elif found and found[1] in FOCUS and not found[2]:
-        focus = FOCUS[found[1]]
-        row = next((row for row in focus.plan(found[1]) if row[0] == name), None)
-        if row is None:
-            raise ValueError(f"{found[1]} has no awkward run {name}")
-        _, levels, events = row
-        judge, untidy = focus.judge, focus.untidy
+        rows = dict(planned(found[1]))
+        if name not in rows:
+            raise ValueError(f"{found[1]} has no awkward run {name}; it has {found[1]}#1 to {found[1]}#{len(rows)}")
+        whole = rows[name]
     else:
         raise ValueError(f"no awkward run {name!r}; they are called NUM-03#4, or RND-02#0/117 for seed 0")
-    levels = fitted(levels, harness.capabilities, harness.dtype)
-    untidy = untidy and declares(harness.capabilities, "in process")
-    return Awkward(name, levels, possible(events, harness), judge, untidy)
+    return replace(
+        whole,
+        levels=fitted(whole.levels, harness.capabilities, harness.dtype),
+        events=possible(whole.events, harness),
+        untidy=whole.untidy and declares(harness.capabilities, "in process"),
+    )
 
 
 def play(harness: Harness, awkward: Awkward) -> Run:
