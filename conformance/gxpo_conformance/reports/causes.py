@@ -30,6 +30,7 @@ PARTS = {
 STRENGTH = ("mistake", "crash", "time", "float32", "hint", "point", "clause")  # how much a key says, the most first
 
 FLOAT32 = "off by what float32 rounds: float32, or a constant kept in float32, is used somewhere in a float64 run"
+ACTIVE, SINGLE = "an active step where a single pass is right", "a single pass where an active step is right"
 ROUNDED = (2.0**-45, 2.0**-22)  # of the number itself: beyond float64's rounding, within a few of float32's
 BUDGETS = (1e5, 1e9)  # of float64's rounding budgets
 MOST_CLAUSES = 12  # named on a line
@@ -93,9 +94,9 @@ def counted(got: int, wanted: int, odd: str | None) -> str:
     if got == 0:
         return "asks for no gradient"
     if wanted == 1:
-        return "an active step where a single pass is right" if got >= 3 else "a second gradient in a single pass"
+        return ACTIVE if got >= 3 else "a second gradient in a single pass"
     if wanted == 3 and got == 1:
-        return "a single pass where an active step is right"
+        return SINGLE
     if wanted == 3 and got == 2:
         return "stops after the second gradient, where an active step takes three"
     if got > wanted:
@@ -137,10 +138,17 @@ def key(r: Record) -> Key:
     if finding.get("crash"):
         return ("crash", last_words(r["message"]))
     if said := r.get("hint"):
-        return ("float32" if said == FLOAT32 else "hint", said)
+        return ("float32",) if said == FLOAT32 else ("hint", sort(said))
     if finding.get("phase") in PARTS:
         return ("point", finding["phase"])
     return ("clause", r["clause"])
+
+
+def sort(said: str) -> str:
+    """What hints of one sort share: how often is asked after a failed pass, and which way the gate errs, is no sort."""
+    if said in (ACTIVE, SINGLE):
+        return "gate"
+    return said.partition(" more after ")[2] or said
 
 
 def last_words(message: str) -> str:
@@ -152,22 +160,27 @@ def last_words(message: str) -> str:
 def cause(found: Key, results: list[Record]) -> Record:
     first, kind = results[0], found[0]
     clauses = list(dict.fromkeys(r["clause"] for r in results))
+    nearest = next((r["candidates"] for r in results if "candidates" in r), [])
     if kind == "mistake":
-        how = first["candidates"][0]["how"]
-        what = f"{how}: " + "; or ".join(f"{m['does']} ({m['id']})" for m in first["candidates"])
+        what = names(nearest)
     elif kind == "time":
         what = "does not answer in time"
     elif kind == "crash":
         what = f"crashes: {found[1]}"
     elif len(clauses) == 1 and kind == "point":
         what = first["message"]
+    elif kind == "point":
+        what = PARTS[found[1]]
+    elif kind == "clause":
+        what = first["message"]
     else:
-        what = {"point": PARTS.get(found[-1], ""), "clause": first["message"]}.get(kind, found[-1])
+        said = list(dict.fromkeys(r["hint"] for r in results if "hint" in r))
+        what = f"{ACTIVE}, and the other way round" if {ACTIVE, SINGLE} <= {*said} else said[0]
     return {
         "what": what,
         "clauses": clauses,
         "dtypes": list(dict.fromkeys(r["dtype"] for r in results)),
-        "nearest": first.get("candidates", []) if kind == "mistake" else [],
+        "nearest": nearest,
         "hint": next((r["hint"] for r in results if r.get("hint")), None),
         "blocked": [],
     }
@@ -209,8 +222,10 @@ def told(found: Record) -> str:
     return f"{found['what']}{also} ({many}{blocked})"
 
 
+def names(candidates: list[Record]) -> str:
+    return f"{candidates[0]['how']}: " + "; or ".join(f"{m['does']} ({m['id']})" for m in candidates)
+
+
 def explained(r: Record) -> list[str]:
     """What a failure looks like, in lines."""
-    some = r.get("candidates", [])
-    lines = [f"{some[0]['how']}: " + "; or ".join(f"{m['does']} ({m['id']})" for m in some)] if some else []
-    return [*lines, *([r["hint"]] if "hint" in r else [])]
+    return [*([names(r["candidates"])] if "candidates" in r else []), *([r["hint"]] if "hint" in r else [])]
