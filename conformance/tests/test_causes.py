@@ -161,6 +161,7 @@ def test_a_request_too_many_after_a_failed_pass_is_said() -> None:
     [
         (3, 1, None, "an active step where a single pass is right"),
         (1, 3, None, "a single pass where an active step is right"),
+        (1, 2, None, "a single pass where an active step is right"),
         (2, 3, None, "stops after the second gradient, where an active step takes three"),
         (3, 1, "a zero gradient", "asked twice more after a zero gradient"),
         (2, 1, "a non-finite loss", "asked once more after a non-finite loss"),

@@ -95,7 +95,7 @@ def counted(got: int, wanted: int, odd: str | None) -> str:
         return "asks for no gradient"
     if wanted == 1:
         return ACTIVE if got >= 3 else "a second gradient in a single pass"
-    if wanted == 3 and got == 1:
+    if wanted >= 2 and got == 1:  # 2: an active step whose second pass fails
         return SINGLE
     if wanted == 3 and got == 2:
         return "stops after the second gradient, where an active step takes three"
