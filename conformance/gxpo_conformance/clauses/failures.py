@@ -6,6 +6,7 @@ import numpy as np
 
 from gxpo_conformance.clauses.gate import CALM, observed, play
 from gxpo_conformance.clauses.table import check
+from gxpo_conformance.harness.findings import Boom
 from gxpo_conformance.harness.harness import Harness, Run, Script
 from gxpo_conformance.protocol import Config, config, declares
 
@@ -42,6 +43,8 @@ def a_zero_gradient_is_a_single_pass(harness: Harness) -> None:
     # Not an observation: with it the window of 4 were full, and 64 would trip.
     zero = [{"w": np.zeros(2)}] * 3
     play(harness, [1.0, 1.25, 0.75, zero, 64.0, 1.0], single=[3])
+    if declares(harness.capabilities, "gate_options:patience"):  # nor does it end a streak
+        play(harness, [*CALM, 2.0, zero, 2.0, 1.0], single=[5, 7], patience=2)
 
 
 @check("NUM-02", leans=("OPT-02",), coarse=True)
@@ -66,6 +69,11 @@ def a_non_finite_third_gradient_rolls_back(harness: Harness) -> None:
 def a_non_finite_loss_is_treated_alike(harness: Harness) -> None:
     for losses in ([np.nan], [0.5, np.inf], [0.5, 0.5, np.nan]):
         around(harness, GOOD, losses)
+    zero = [{"w": np.zeros(4)}, *GOOD[1:]]  # it comes before what a zero gradient would be
+    run = harness.begin({"w": THETA}, config(horizon=4, optimizer={**MOMENTUM, "weight_decay": 0.125}))
+    run.step(GOOD)
+    run.step(zero, [np.nan])
+    run.step(GOOD)
 
 
 @check("NUM-06", coarse=True)
@@ -76,6 +84,14 @@ def a_failed_step_does_not_reach_the_gate(harness: Harness) -> None:
         run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4}))
         for script in (*map(observed, CALM[:3]), odd, observed(64.0), observed(1.0)):
             run.step(script, judge="counts")
+    if declares(harness.capabilities, "gate_options:patience"):  # it neither ends a streak nor belongs to it
+        for at in (0, 1, 2):
+            odd = [dict(g) for g in observed(2.0)]
+            odd[at] = {"w": np.array([np.nan, 0.0])}
+            for patience, later in ((2, (2.0, 1.0)), (3, (2.0, 1.0, 1.0))):
+                run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4, "patience": patience}))
+                for script in (*map(observed, (*CALM, 2.0)), odd, *map(observed, later)):
+                    run.step(script, judge="counts")
 
 
 @check("ATM-01", coarse=True)
@@ -104,10 +120,22 @@ def an_exception_does_not_reach_the_gate(harness: Harness) -> None:
     run.raising(observed(1.0), 2)
     run.step(observed(64.0), judge="counts")  # the fourth observation: still not scored
     run.step(observed(1.0), judge="counts")
-    if declares(harness.capabilities, "gate_options:warmup"):  # nor is it a step of the warm-up
+    not_a_step(harness, Boom)
+
+
+def not_a_step(harness: Harness, what: type[BaseException]) -> None:
+    """A step that raises neither uses the warm-up up nor ends a streak."""
+    if declares(harness.capabilities, "gate_options:warmup"):
         run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 2, "warmup": 2}))
-        run.raising(observed(1.0), 0)
+        run.raising(observed(1.0), 0, what=what)
         for h in (64.0, 64.0, 1.0, 1.25, 64.0, 1.0):
+            run.step(observed(h), judge="counts")
+    if declares(harness.capabilities, "gate_options:patience"):
+        run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4, "patience": 2}))
+        for h in (*CALM, 2.0):
+            run.step(observed(h), judge="counts")
+        run.raising(observed(2.0), 2, what=what)
+        for h in (2.0, 1.0):
             run.step(observed(h), judge="counts")
 
 
@@ -118,6 +146,7 @@ def an_interrupt_leaves_everything_as_it_was(harness: Harness) -> None:
         run.step(GOOD)
         run.raising(GOOD, at, what=KeyboardInterrupt)
         run.step(GOOD)
+    not_a_step(harness, KeyboardInterrupt)
 
 
 def resumed(harness: Harness, norms: list[float], later: list[float], settings: Config) -> None:
@@ -134,7 +163,7 @@ def resumed(harness: Harness, norms: list[float], later: list[float], settings: 
 def resumes_with_a_half_full_window(harness: Harness) -> None:
     resumed(harness, [1.0, 1.25], [0.75, 1.0, 2.0, 1.0], config(gate={"window": 4}))
     if harness.dtype == "float64":  # what float32 does not hold
-        resumed(harness, [1.0 + 2.0**-30] * 4, [1.0 + 2.0**-30] * 3, config(gate={"window": 4}))
+        resumed(harness, [1.0 + 2.0**-26] * 4, [1.0 + 2.0**-26] * 3, config(gate={"window": 4}))
 
 
 @check("CKP-02", coarse=True)
@@ -164,6 +193,9 @@ def resumes_the_ema(harness: Harness) -> None:
     ema = {"baseline": "ema", "omega": 0.5, "threshold": 2.5}
     resumed(harness, [8.0, 8.0, 8.0], [12.0, 64.0, 8.0], config(gate=ema))
     resumed(harness, [8.0], [8.0, 64.0, 8.0], config(gate=ema))
+    resumed(harness, [8.0], [64.0, 8.0], config(gate=ema))  # the second observation is not scored
+    if declares(harness.capabilities, "gate_options:patience"):  # inside a streak, pinned to 6.25, 4.32
+        resumed(harness, [8.0, 8.0, 40.0], [40.0, 8.0], config(gate={**ema, "threshold": 2.0, "patience": 2}))
 
 
 @check("CKP-07", coarse=True)
@@ -184,10 +216,10 @@ def resumes_adamws_state(harness: Harness) -> None:
 
 @check("CKP-10", coarse=True)
 def what_was_saved_stays_as_it_is(harness: Harness) -> None:
-    # The window is full, and the session that it was taken from and one that it is given to go on with a 7 each.
+    # The window is full, and the session that it was taken from and one that it is given to trip at once.
     run = harness.begin({"w": np.zeros(2)}, config(horizon=4, gate={"window": 4}))
     for h in (*CALM, 1.25):
         run.step(observed(h))
-    run.talk.resume(observed(1.5))
+    run.talk.resume(observed(64.0))
     for h in (1.25, 2.5, 1.0):
         run.step(observed(h))

@@ -42,6 +42,8 @@ def expect(trace: Trace, n: int, single: bool) -> None:
 def the_step_that_trips_stands_and_the_rest_are_single(harness: Harness) -> None:
     play(harness, [*CALM, 2.0, *([1.0] * 12)], single=range(5, 17))
     play(harness, [*CALM, *CALM, *CALM])
+    play(harness, [*CALM, 1.5, 1.0], single=[5], threshold=2.0)  # z is 2.83
+    play(harness, [*CALM, 1.625, 1.0], threshold=4.0)  # 3.54
 
 
 @check("GAT-02", coarse=True)
@@ -102,8 +104,8 @@ def a_constant_history_is_no_error(harness: Harness) -> None:
     play(harness, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     play(harness, [1.0, 1.0, 1.0, 1.0, 1.125, 1.0], single=[5])
     if harness.dtype == "float64":  # what float32 does not hold, it does not hold constant
-        play(harness, [1.0 + 2.0**-30] * 6)
-        play(harness, [*[1.0 + 2.0**-30] * 4, 1.0 + 2.0**-26, 1.0], single=[5])
+        play(harness, [1.0 + 2.0**-26] * 6)
+        play(harness, [*[1.0 + 2.0**-26] * 4, 1.0 + 2.0**-24, 1.0], single=[5])
 
 
 @check("GAT-10", coarse=True)

@@ -96,6 +96,10 @@ def displacement_ratio(harness: Harness) -> None:
     run = harness.begin({"w": THETA / 4}, config(horizon=4, estimator="displacement", optimizer=MOMENTUM))
     for r in (0.25, 0.5):  # under momentum u1 / u0 is r + 0.5 at first, something else later
         run.step([{"w": G0}, {"w": G0 * r}, {"w": G0 * 0.5}])
+    if declares(harness.capabilities, "optimizers:adamw"):  # decoupled weight decay is in the displacement
+        adamw = {"name": "adamw", "lr": 0.0625, "betas": [0.5, 0.75], "eps": 2.0**-10, "weight_decay": 0.125}
+        run = harness.begin({"w": THETA * 8}, config(horizon=4, estimator="displacement", optimizer=adamw))
+        run.step([{"w": G0}, {"w": G0 * 0.25}, {"w": G0}])
 
 
 @check("EST-11", leans=("OPT-02",))
@@ -107,6 +111,14 @@ def displacement_activity_reads_u0(harness: Harness) -> None:
     buffer = run.traces[0].states["s'"]["momentum_buffer"]["w"]
     g0 = np.array([0.0, -0.5 * buffer[1], 1.0, -1.0])
     run.step([{"w": g0}, {"w": np.array([1.0, 1.0, 0.5, 0.25])}, {"w": g0}])
+    # The rule is that of EST-02 and EST-03: on both sides of 1e-3 RMS, of the coordinate's own tensor.
+    u0 = np.array([1.0, -1.0, 1.0, -1.0, 0.9e-3, -1.1e-3, 0.5e-3, 1.0])
+    plain = config(horizon=4, estimator="displacement")
+    one = harness.begin({"w": np.zeros(8)}, plain)
+    one.step([{"w": u0}, {"w": np.ones(8)}, {"w": u0}])
+    two = harness.begin({"large": np.zeros(2), "small": np.zeros(2)}, plain)
+    large, small = np.array([1024.0, -512.0]), np.array([0.0625, -0.03125])
+    two.step([{"large": large * k, "small": small * r} for k, r in ((1.0, 1.0), (0.5, 0.75), (1.0, 1.0))])
     idle = harness.begin({"w": THETA}, config(horizon=4, estimator="displacement", optimizer={"lr": 0.0}))
     idle.step([{"w": G0}, {"w": G0}, {"w": G0}])
 
@@ -271,6 +283,7 @@ def momentum_and_weight_decay_are_torchs(harness: Harness) -> None:
     still = -decay * to_dtype(THETA, harness.dtype)
     run.step([{"w": still}, {"w": still}, {"w": LAST}], judge="update")
     run.step([{"w": G0}] * 3, judge="update")
+    at_rest(harness, {**MOMENTUM, "weight_decay": decay})
 
 
 @check("OPT-03")
@@ -281,6 +294,14 @@ def adamw_is_torchs(harness: Harness) -> None:
     for theta, g0 in ((THETA, G0), (np.zeros(4), small)):
         run = harness.begin({"w": theta}, config(horizon=2, optimizer=adamw))
         run.step([{"w": g0}, {"w": g0 * 0.5}, {"w": g0}], judge="fast steps")
+    at_rest(harness, adamw)
+
+
+def at_rest(harness: Harness, optimizer: dict) -> None:
+    """A tensor whose gradient is zero decays, and has momentum, as any other."""
+    run = harness.begin({"w": THETA[1:4], "still": THETA[1:4]}, config(horizon=2, optimizer=optimizer))
+    none = np.zeros(3)
+    run.step([{"w": G0[:3], "still": none}] * 3, judge="fast steps")
 
 
 def state_policy(harness: Harness, policy: str, optimizer: dict) -> None:
@@ -318,4 +339,4 @@ def three_gradients_then_one(harness: Harness) -> None:
     for horizon in (2, 5, 10):
         run = harness.begin({"w": np.zeros(2)}, config(horizon=horizon, gate={"window": 4}))
         for h in (*CALM, 64.0, 1.0, 1.0):
-            run.step(observed(h), judge="counts")
+            run.step(observed(h), [0.0, -2.0, 0.0], judge="counts")  # what the loss is does not matter, nor if it is 0

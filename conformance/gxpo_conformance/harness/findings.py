@@ -63,6 +63,18 @@ class Boom(Exception):
     """What the suite raises out of a gradient."""
 
 
+class BoomRuntime(Boom, RuntimeError):
+    """As running out of memory is, in most frameworks."""
+
+
+class BoomValue(Boom, ValueError):
+    """As a data set's complaint is."""
+
+
+class BoomArithmetic(Boom, FloatingPointError):
+    """As a framework's own look for NaN is."""
+
+
 class OutOfTime(BaseException):
     """Raised into a port that computes past the limit; not an Exception, so that a port's `except` lets it pass."""
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from gxpo_conformance.harness.budget import UNIT_ROUNDOFF
-from gxpo_conformance.harness.findings import in_float64, to_dtype
+from gxpo_conformance.harness.findings import Boom, BoomArithmetic, BoomRuntime, BoomValue, in_float64, to_dtype
 from gxpo_conformance.harness.harness import Recorder
 from gxpo_conformance.protocol import Arrays, Config, config
 from gxpo_conformance.runs.dice import Dice
@@ -33,7 +33,7 @@ SIZES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
     "hundreds": [((257,), (3,)), ((9, 33),)],
     "thousands": [((4100,),), ((5,), (1030, 2))],
 }
-SCALES = {"unit": 0, "small": -10, "tiny": -22, "mixed": 0, "large": 9}  # exponents of two
+SCALES = {"unit": 0, "small": -10, "tiny": -22, "mixed": 0, "large": 9, "huge": 30}  # exponents of two
 SHARES = (0.5e-3, 0.8e-3, 1.25e-3, 4e-3)  # of the tensor's RMS, about the activity bound
 USUAL: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1},
@@ -44,6 +44,7 @@ USUAL: dict[str, dict[str, Any]] = {
 TARGETS = {"calm": (-0.3, 0.3), "below": (0.86, 0.92), "above": (1.08, 1.15), "far": (2.0, 6.0)}
 TARGETS |= {"low": (-1.15, -1.08), "not so low": (-0.92, -0.86)}
 BAD = (math.nan, math.inf, -math.inf)
+RAISED: tuple[type[BaseException], ...] = (Boom, BoomRuntime, BoomValue, BoomArithmetic)
 TRIES = 6  # to draw a step that rounding cannot decide
 
 
@@ -53,7 +54,7 @@ class Event:
 
     key: int  # of its own dice, so that a run without its neighbours has the same numbers
     target: str = "calm"
-    odd: str = ""  # "zero", "gradient", "loss", "raise", "interrupt", "resume"
+    odd: str = ""  # "zero", "gradient", "loss", "zero and loss", "raise", "interrupt", "resume"
     at: int = 0
 
 
@@ -65,6 +66,7 @@ class Step:
     losses: list[float]
     event: Event
     statistic: float | None
+    raises: type[BaseException]
 
 
 @dataclass(frozen=True)
@@ -241,19 +243,20 @@ class Builder:
         dice = Dice(self.seed, "step", event.key, attempt)
         script, statistic = self.aimed(dice, event)
         losses = [dice.choice([0.0, 0.5, -1.25, 1e-9, 3e4]) for _ in range(3)]
-        if event.odd == "zero":
+        if event.odd.startswith("zero"):
             script[event.at] = {k: np.zeros(s) for k, s in self.shapes.items()}
         elif event.odd == "gradient":
             at = [k for k, g in script[event.at].items() if g.size]
             k = dice.choice([at[0], at[-1], dice.choice(at)])
             flat = script[event.at][k].reshape(-1)
             flat[dice.choice([0, flat.size - 1, int(dice.number() * flat.size)])] = dice.choice(BAD)
-        elif event.odd == "loss":
+        if event.odd.endswith("loss"):
             losses[event.at] = dice.choice(BAD)
         script = [{k: to_dtype(v, self.dtype) for k, v in g.items()} for g in script]
         if self.made["gate"]["statistic"] == "supplied" and statistic is None:
             statistic = 1.0
-        return Step(script, losses, event, statistic)
+        raises = KeyboardInterrupt if event.odd == "interrupt" else dice.choice(RAISED)
+        return Step(script, losses, event, statistic, raises)
 
     def add(self, event: Event) -> None:
         """The step of `event`, unless rounding would decide it whatever is drawn."""

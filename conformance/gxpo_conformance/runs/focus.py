@@ -151,7 +151,11 @@ FOCUS: dict[str, Focus] = {
     ),
     "MOV-04": Focus({**FINE, **STEP, **STATEFUL, "sizes": ("few", "scalar", "empty")}, 8, judge="fast steps"),
     "COR-01": Focus({**SHAPED, **STEP, "scale": ALL["scale"]}, 6, 2),
-    "CLP-01": Focus({**SHAPED, **STEP, "clip": ("all", "some", "at", "loose"), "scale": ALL["scale"]}, 10, 2),
+    "CLP-01": Focus(
+        {**SHAPED, "horizon": (2,), "alpha": (1.0, 0.5), "clip": ("all", "some", "at", "loose"), "scale": ALL["scale"]},
+        10,
+        2,
+    ),
     "CLP-02": Focus(
         {**FINE, **FEW, **STEP, **OPTIMIZERS, "clip": ("all", "some", "at"), "estimator": ALL["estimator"]}, 10, 2
     ),
@@ -229,7 +233,7 @@ FOCUS: dict[str, Focus] = {
     "NUM-02": accident("gradient", at=(0,)),
     "NUM-03": accident("gradient", at=(1,)),
     "NUM-04": accident("gradient", at=(2,)),
-    "NUM-05": accident("loss", rows=10),
+    "NUM-05": accident("loss", "zero and loss", rows=10),
     "NUM-05/streak": streak("loss"),
     "NUM-06": streak("gradient"),
     "NUM-06/count": counting("gradient"),
@@ -245,6 +249,9 @@ FOCUS: dict[str, Focus] = {
     "DEV-03": Focus({**STEP, **OPTIMIZERS, **CLIP, "sizes": ("several", "few", "scalar")}, 5, 2, untidy=True),
     "CKP-01": gate(rows=8, steps=18, targets=MILD, odd=RESUMED, must=("resume",)),
     "CKP-02": gate("patience", rows=6, steps=16, odd=RESUMED, must=("resume",)),
+    "CKP-02/ema": gate(
+        "baseline", "patience", rows=5, steps=14, targets={"above": 2, "calm": 1, "below": 1}, odd=RESUMED
+    ),
     "CKP-03": gate(rows=4, odd=RESUMED, must=("resume",)),
     "CKP-04": resumed(optimizer=("sgd", "momentum")),
     "CKP-05": gate("max_active_steps", rows=6, odd={**RESUMED, "zero": 0.7, "gradient": 0.7}, must=("resume",)),
@@ -257,6 +264,7 @@ FOCUS: dict[str, Focus] = {
 assert all(set(f.targets) <= set(TARGETS) for f in FOCUS.values())
 
 ACCIDENTS = {"zero": "", "gradient": "nonfinite_gradients", "loss": "nonfinite_losses"}
+ACCIDENTS |= {"zero and loss": "nonfinite_losses"}
 ACCIDENTS |= {"raise": "exceptions", "interrupt": "exceptions", "resume": "checkpoint"}  # and what each needs
 RANDOM_STEPS = (4, 10)
 

@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "cooldown": (None, 0, 1, 2, 3),
     "max_active_steps": (None, 0, 1, 2, 4, 6),
     "sizes": ("few", "one", "scalar", "several", "empty", "hundreds", "thousands"),
-    "scale": ("unit", "small", "tiny", "mixed", "large"),
+    "scale": ("unit", "small", "tiny", "mixed", "large", "huge"),
     "start": ("zero", "near"),  # where the parameters are
     "ratios": ("any", "one", "beyond", "low"),  # what coordinates keep of their gradient
 }

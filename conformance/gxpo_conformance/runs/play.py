@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gxpo_conformance.harness.findings import Boom, CaseError, Failure
+from gxpo_conformance.harness.findings import CaseError, Failure
 from gxpo_conformance.harness.harness import Harness, Run
 from gxpo_conformance.protocol import declares
 from gxpo_conformance.runs.build import Event, Plan, build, fit
@@ -30,6 +30,7 @@ class Awkward:
     events: tuple[Event, ...]
     judge: str
     untidy: bool
+    neighbour: str = ""  # the name of another run, whose session makes a step before each of this one's
 
     def plan(self, dtype: str) -> Plan:
         return build(self.levels, self.events, self.name, dtype)
@@ -78,6 +79,8 @@ def named(name: str, harness: Harness) -> Awkward:
     found = re.fullmatch(r"([A-Z]{3}-\d\d)#(?:(\d+)/)?(\d+)", name)
     if found and found[1] in RANDOM_RUNS and found[2]:
         whole = Awkward(name, *random_run(name, options=found[1] == "RND-02"))
+        if int(found[3]) % 5 == 3:
+            whole = replace(whole, neighbour=f"{found[1]}#{found[2]}/{int(found[3]) - 1}")
     elif found and found[1] in FOCUS and not found[2]:
         rows = dict(planned(found[1]))
         if name not in rows:
@@ -98,17 +101,34 @@ def play(harness: Harness, awkward: Awkward) -> Run:
     plan = awkward.plan(harness.dtype)
     run = harness.begin(plan.start, plan.config)
     run.talk.untidy = awkward.untidy
+    aside = beside(harness, awkward)
     run.fit = lambda trace: fit(trace, run.config, harness.dtype)
     for step in plan.steps:
+        next(aside)
         event = step.event
         if event.odd in ("raise", "interrupt"):
-            what = KeyboardInterrupt if event.odd == "interrupt" else Boom
-            run.raising(step.script, event.at, step.statistic, what)
+            run.raising(step.script, event.at, step.statistic, step.raises)
             continue
         if event.odd == "resume":
             run.talk.resume(step.script, step.statistic, step.losses)
         run.step(step.script, step.losses, awkward.judge, step.statistic)
     return run
+
+
+def beside(harness: Harness, awkward: Awkward) -> Iterator[None]:
+    """Makes the neighbour's steps, one at a time: a session is untouched by another (INV-09)."""
+    if awkward.neighbour:
+        plan = named(awkward.neighbour, harness).plan(harness.dtype)
+        talk, harness.latest = harness.talk(plan.start, plan.config), harness.latest
+        harness.talks.pop()
+        for step in plan.steps:
+            latest = harness.latest
+            if step.event.odd not in ("raise", "interrupt", "resume"):
+                talk.step(step.script, step.losses, step.statistic)
+            harness.latest = latest
+            yield
+    while True:
+        yield
 
 
 def attempt(harness: Harness, awkward: Awkward) -> Failure | None:
@@ -173,6 +193,7 @@ def shrunk(harness: Harness, awkward: Awkward, failure: Failure) -> Failure:
         last = (failure.finding.step or 0) + 1
         kept = tuple(step.event for step in awkward.plan(harness.dtype).steps[:last])
         if shrinker.holds(events=kept):
+            shrinker.holds(neighbour="")
             shrinker.drop_steps()
             shrinker.simplify()
         attempt(harness, shrinker.awkward)  # so that the latest talk is the one that is told of
