@@ -315,7 +315,7 @@ def outcome_of(function: Callable[[Harness], None], harness: Harness) -> Failure
             function(harness)
     except Failure as failure:
         return failure
-    except NeedsWindow:
+    except NeedsWindow:  # the awkward runs of the clause do without
         pass
     return None
 

@@ -7,7 +7,8 @@ import numpy as np
 from gxpo_conformance.clauses.gate import CALM, observed, play
 from gxpo_conformance.clauses.table import check
 from gxpo_conformance.harness.findings import Boom
-from gxpo_conformance.harness.harness import Harness, Run, Script
+from gxpo_conformance.harness.harness import Harness, Run
+from gxpo_conformance.harness.recorder import Script
 from gxpo_conformance.protocol import Config, config, declares
 
 MOMENTUM = {"lr": 0.125, "momentum": 0.5}  # a state that remembers what should have left no trace

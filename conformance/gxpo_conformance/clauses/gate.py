@@ -12,7 +12,8 @@ import numpy as np
 
 from gxpo_conformance.clauses.table import check
 from gxpo_conformance.harness.findings import CaseError
-from gxpo_conformance.harness.harness import Harness, Run, Script
+from gxpo_conformance.harness.harness import Harness, Run
+from gxpo_conformance.harness.recorder import Script
 from gxpo_conformance.protocol import config, declares
 from gxpo_reference.oracle import Trace
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from gxpo_reference.oracle import Oracle
 from gxpo_toy_tasks.tasks.bandits import Bandit, ContextualBandit
 from gxpo_toy_tasks.tasks.quadratics import Quadratic
 
+WINDOW: dict[str, object] = {"window": 8, "threshold": 2.0}
 Objective = Callable[[int, Arrays], Gradient]  # (step, theta0) -> the gradient of that step's batch
 
 
@@ -71,7 +73,8 @@ class Problem:
     steps: int = 40
 
     def judge(self, harness: Harness) -> None:
-        gate = {"window": 8, "threshold": 2.0}
+        windowed = "window" in harness.capabilities["gate_baselines"]
+        gate = WINDOW if windowed else ema_gate(self, harness.dtype)
         settings = harness.config(config(alpha=0.5, gate=gate, optimizer={"lr": self.lr}))
         free = free_run(self, json.dumps(settings), harness.dtype)
         run = harness.begin(self.start(), settings)
@@ -87,6 +90,23 @@ class Problem:
         allowed = 4 * free.spread + 64 * UNIT_ROUNDOFF[harness.dtype]
         if not abs(reached - free.value) <= allowed:
             raise Failure(f"{self.name} ends at {reached!r}, should be {free.value!r} within {allowed:.1e}")
+
+
+@functools.cache
+def ema_gate(problem: Problem, dtype: str) -> dict[str, object]:
+    """For a port that has no window: an `ema` gate that trips in mid-run, no score near its threshold."""
+    for omega in (0.1, 0.2, 0.3, 0.5):
+        for tenths in range(8, 80, 3):
+            gate = {"baseline": "ema", "omega": omega, "threshold": tenths / 10}
+            settings = [
+                config(alpha=0.5, gate=gate, optimizer={"lr": problem.lr}, optimizer_state=policy)
+                for policy in ("keep", "restore")
+            ]
+            with contextlib.suppress(CaseError):
+                for each in settings:
+                    free_run(problem, json.dumps(each), dtype)
+                return gate
+    raise CaseError(f"{problem.name}: no ema gate trips in mid-run")
 
 
 def noisy(problem: Quadratic, name: str, seed: int) -> Problem:

@@ -13,7 +13,8 @@ import numpy as np
 
 from gxpo_conformance.harness.budget import ALLOWED, Budget
 from gxpo_conformance.harness.findings import PHASES, Boom, Failure, in_float64, require_close
-from gxpo_conformance.harness.harness import OWN, Dialogue, Harness, Recorder
+from gxpo_conformance.harness.harness import Dialogue, Harness
+from gxpo_conformance.harness.recorder import OWN, Recorder
 from gxpo_conformance.protocol import Arrays
 from gxpo_conformance.wire import from_wire, number, parse_number, to_wire
 from gxpo_reference.oracle import Oracle, Trace

@@ -14,7 +14,7 @@ import numpy as np
 
 from gxpo_conformance.clauses.table import CHECKS
 from gxpo_conformance.harness.findings import Finding
-from gxpo_conformance.harness.harness import Recorder
+from gxpo_conformance.harness.recorder import Recorder
 from gxpo_conformance.trial import BLOCKED, FAIL, PASS, Result, Verdict
 
 Record = dict[str, Any]

@@ -8,7 +8,8 @@ import numpy as np
 
 from gxpo_conformance.harness.case import as_case
 from gxpo_conformance.harness.findings import PHASES
-from gxpo_conformance.harness.harness import Dialogue, Recorder
+from gxpo_conformance.harness.harness import Dialogue
+from gxpo_conformance.harness.recorder import Recorder
 from gxpo_conformance.protocol import Arrays, config
 from gxpo_conformance.wire import from_wire
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from gxpo_conformance.harness.budget import UNIT_ROUNDOFF
 from gxpo_conformance.harness.findings import Boom, BoomArithmetic, BoomRuntime, BoomValue, in_float64, to_dtype
-from gxpo_conformance.harness.harness import Recorder
+from gxpo_conformance.harness.recorder import Recorder
 from gxpo_conformance.protocol import Arrays, Config, config
 from gxpo_conformance.runs.dice import Dice
 from gxpo_conformance.runs.levels import Levels

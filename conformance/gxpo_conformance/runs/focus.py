@@ -188,12 +188,14 @@ FOCUS: dict[str, Focus] = {
     "GAT-07": gate(rows=6, vary={"sizes": ("several", "few", "empty", "hundreds"), "scale": ("unit", "mixed")}),
     "GAT-08": Focus({**SCORE, **FEW, **OPTIMIZERS}, 8, 9, "all", LIVELY, NON_ZERO, (0,)),
     "GAT-10": gate("patience", rows=8),
+    "GAT-11": gate("patience", rows=4, targets={"above": 3, "calm": 1, "below": 1}),
     "GAT-12": gate("patience", rows=6, steps=20, targets={"above": 3, "calm": 1, "below": 1}),
     "GAT-13": gate(
         "two_sided", vary={"patience": (1, 2)}, targets={"calm": 2, "low": 2, "not so low": 2, "below": 1, "above": 1}
     ),
     "GAT-14": gate("warmup", rows=8, vary={"two_sided": (False, True), "patience": (1, 2)}),
     "GAT-15": gate("cooldown", rows=8, steps=18, vary={"warmup": (0, 2), "two_sided": (False, True)}),
+    "GAT-16": gate("cooldown", rows=4, steps=18, vary={"patience": (1, 2)}),
     "GAT-17": gate("max_active_steps", rows=8, vary={"warmup": (0, 3), "statistic": ("corrective_norm", "never")}),
     "GAT-18": gate("baseline", rows=10, vary={"warmup": (0, 2), "two_sided": (False, True), "cooldown": (None, 2)}),
     "GAT-19": gate(
