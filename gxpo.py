@@ -1,5 +1,5 @@
 # gxpo.py 1.0.0, from the gxpo project. MIT licence, copyright (c) 2026 the gxpo authors.
-# Follows GXPO conformance spec 1.0; `python gxpo.py` checks a pasted copy in a few seconds.
+# Follows GXPO conformance spec 1.1; `python gxpo.py` checks a pasted copy in a few seconds.
 """GXPO, Gradient Extrapolation-Based Policy Optimization (arXiv 2605.06755), around any torch optimizer.
 
 One step on one batch, while active; U is the base optimizer, s its state, c the gradient clipping:
@@ -51,7 +51,7 @@ except ModuleNotFoundError as missing:
 
 __all__ = ["GXPO", "Gate", "GateState", "Report", "extrapolation_scale", "retention_ratio"]
 __version__ = "1.0.0"
-SPEC_VERSION = "1.0"  # of the conformance suite's SPEC.md; clause numbers in the comments are its own
+SPEC_VERSION = "1.1"  # of the conformance suite's SPEC.md; clause numbers in the comments are its own
 
 ESTIMATORS = ("gradient", "displacement", "tensor")
 STATE_POLICIES = ("keep", "restore")

@@ -205,6 +205,9 @@ def disagreement_is_watched(harness: Harness) -> None:
     play(harness, [*calm, turned(-1.0, 0.0), 1.0], statistic="disagreement")  # opposite agrees, by the absolute value
     play(harness, [*calm, turned(300.0, 400.0), 1.0], statistic="disagreement")
     play(harness, [*calm, turned(0.0, 0.0), 1.0], single=[5], statistic="disagreement")  # agrees with nothing: 1
+    # A zero g~ has cosine 0, so h = 1, no more: usual where 0.9 and 1 are.
+    wide = [turned(0.1, 0.995), turned(0.0, 1.0), turned(-0.1, 0.995), turned(0.0, 1.0)]
+    play(harness, [*wide, turned(0.0, 0.0), 1.0], statistic="disagreement")
     tiny = [[{"w": g["w"] * 2.0**-18} for g in script] for script in (*calm, turned(0.0, 1.0))]
     play(harness, [*tiny, 1.0], single=[5], statistic="disagreement")  # however small they are
     play(harness, [*calm, turned(0.38, 0.925), 1.0], single=[5], statistic="disagreement")  # 1 - cos^2 would score 2.5
