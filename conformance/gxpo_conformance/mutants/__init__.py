@@ -2,19 +2,40 @@
 
 from __future__ import annotations
 
-from gxpo_conformance.mutants import failures, gate, gate_options, optimizer, point, ratio, shapes
-from gxpo_conformance.mutants.model import LEAST_MARGIN, MUTANTS, Mutant, correct
+from gxpo_conformance.mutants import (
+    checkpoints,
+    counting,
+    failures,
+    gate,
+    gate_options,
+    in_process,
+    numbers,
+    optimizer,
+    point,
+    ratio,
+    settings,
+    shapes,
+    sizes,
+)
+from gxpo_conformance.mutants.model import LEAST_MARGIN, MUTANTS, Mutant
+from gxpo_conformance.mutants.right import correct
 
 __all__ = [
     "LEAST_MARGIN",
     "MUTANTS",
     "Mutant",
+    "checkpoints",
     "correct",
+    "counting",
     "failures",
     "gate",
     "gate_options",
+    "in_process",
+    "numbers",
     "optimizer",
     "point",
     "ratio",
+    "settings",
     "shapes",
+    "sizes",
 ]

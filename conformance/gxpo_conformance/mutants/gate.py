@@ -6,7 +6,8 @@ import math
 
 import numpy as np
 
-from gxpo_conformance.mutants.model import Functional, InPlace, State, Usual, mutant
+from gxpo_conformance.mutants.model import Functional, InPlace, State, mutant
+from gxpo_conformance.mutants.model_gate import Usual
 from gxpo_conformance.protocol import Arrays, Gradient
 
 

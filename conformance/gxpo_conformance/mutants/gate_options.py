@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from gxpo_conformance.mutants.model import Functional, InPlace, Usual, mutant
+from gxpo_conformance.mutants.model import Functional, InPlace, mutant
+from gxpo_conformance.mutants.model_gate import Usual
 
 
 @mutant("patience-ignored", "trips at the first surprise", "GAT-10", "GAT-11", "GAT-12")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from gxpo_conformance.harness.findings import to_dtype
-from gxpo_conformance.protocol import Arrays, Config, Gradient, everything
+from gxpo_conformance.mutants.model_gate import ModelGate
+from gxpo_conformance.protocol import DTYPES, Arrays, Config, Gradient, everything
 
 State = dict[str, Any]
-Usual = tuple[float, float] | None  # (mu, sigma) that h is scored by; None: there is nothing to score it by yet
 
 LEAST_MARGIN = 10.0  # tolerances; a case nearer to a wrong implementation proves nothing
 
@@ -28,7 +28,7 @@ class Failed(Exception):
     """A pass whose loss or gradient is not finite."""
 
 
-class Functional:
+class Functional(ModelGate):
     """One session; every method is a piece of the rule."""
 
     style = "functional"
@@ -54,7 +54,10 @@ class Functional:
 
     def active(self, before: np.ndarray) -> np.ndarray:
         """Which coordinates take part."""
-        return np.abs(before) > 1e-3 * np.sqrt(np.sum(before * before) / max(before.size, 1))
+        return np.abs(before) > 1e-3 * self.rms(before)
+
+    def rms(self, before: np.ndarray) -> np.ndarray:
+        return np.sqrt(np.sum(before * before) / max(before.size, 1))
 
     def ratio(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:
         r = after / before
@@ -70,8 +73,12 @@ class Functional:
         for _ in range(K // 2 - 1):
             q = 1 + r * r * q
         if K % 2:
-            q = np.where(r <= -1 + 1e-8, 1, q + r ** (K - 1) / (1 + r))
+            q = np.where(self.at_the_pole(r), 1, q + r ** (K - 1) / (1 + r))
         return self.bound(q, K)
+
+    def at_the_pole(self, r: np.ndarray) -> np.ndarray:
+        """Where the sum of an odd K is neutral."""
+        return r <= -1 + 1e-8
 
     def bound(self, q: np.ndarray, K: int) -> np.ndarray:
         return np.clip(q, 1, K / 2 + 1).astype(self.kind)
@@ -123,11 +130,21 @@ class Functional:
         n = state.get("n", 0) + 1
         m = {k: b1 * state["m"][k] + (1 - b1) * v if state else (1 - b1) * v for k, v in g.items()}
         v = {k: b2 * state["v"][k] + (1 - b2) * a * a if state else (1 - b2) * a * a for k, a in g.items()}
-        made = {}
+        made, (c1, c2) = {}, self.corrections(n, b1, b2)
         for k, t in theta.items():
-            denominator = np.sqrt(v[k]) / math.sqrt(1 - b2**n) + eps
-            made[k] = self.store(t * (1 - lr * decay) - lr / (1 - b1**n) * m[k] / denominator)
+            made[k] = self.store(t * self.kept(lr, decay) - lr / c1 * m[k] / self.root(v[k], c2, eps))
         return made, {"n": n, "m": m, "v": v}
+
+    def corrections(self, n: int, b1: float, b2: float) -> tuple[float, float]:
+        """What AdamW's moments are divided by in its n-th step."""
+        return 1 - b1**n, 1 - b2**n
+
+    def root(self, v: np.ndarray, c2: float, eps: float) -> np.ndarray:
+        return np.sqrt(v) / math.sqrt(c2) + eps
+
+    def kept(self, lr: float, decay: float) -> float:
+        """What AdamW's decay leaves of a parameter."""
+        return 1 - lr * decay
 
     def move(self, theta: list[Arrays], q: Arrays) -> Arrays:
         """theta~ from theta0 and theta2 (theta1, between them, for mutants)."""
@@ -136,92 +153,6 @@ class Functional:
 
     def state_of_the_last_step(self, s0: State, s2: State) -> State:
         return s2 if self.config["optimizer_state"] == "keep" else s0
-
-    # -- gate
-
-    def new_gate(self) -> dict[str, Any]:
-        return {
-            "step": 0, "active": 0, "closed_at": None, "streak": 0, "pin": None, "seen": 0, "history": [],
-            "mean": 1.0, "var": 1.0,
-        }  # fmt: skip
-
-    def open(self) -> bool:
-        """Whether the next step is an active one."""
-        return not self.spent() and (self.gate["closed_at"] is None or self.cooled())
-
-    def spent(self) -> bool:
-        most = self.rules["max_active_steps"]
-        return most is not None and self.gate["active"] >= most
-
-    def cooled(self) -> bool:
-        n = self.rules["cooldown"]
-        return n is not None and self.gate["step"] >= self.gate["closed_at"] + 1 + n
-
-    def watching(self) -> bool:
-        return self.rules["statistic"] != "never" and self.gate["step"] >= self.rules["warmup"]
-
-    def statistic(self, g: list[Arrays], norms: list[float]) -> float:
-        kind = self.rules["statistic"]
-        if kind == "supplied":
-            return self.supplied or 0.0
-        if kind == "disagreement":
-            return 1 - abs(self.cosine(g[0], g[2], norms[0] * norms[2]))
-        return norms[0] if kind == "initial_norm" else norms[2]
-
-    def cosine(self, a: Arrays, b: Arrays, sizes: float) -> float:
-        return float(sum(np.sum(a[k] * b[k]) for k in a)) / sizes if sizes else 0.0
-
-    def usual(self) -> Usual:
-        """(mu, sigma) that h is scored by."""
-        return self.gate["pin"] or (self.ema() if self.rules["baseline"] == "ema" else self.window())
-
-    def ema(self) -> Usual:
-        return (self.gate["mean"], max(math.sqrt(self.gate["var"]), 0.01)) if self.gate["seen"] >= 2 else None
-
-    def window(self) -> Usual:
-        past = self.gate["history"][-self.rules["window"] :]
-        return (float(np.mean(past)), float(np.std(past))) if len(past) == self.rules["window"] else None
-
-    def score(self, h: float, usual: Usual) -> float | None:
-        return None if usual is None else (h - usual[0]) / (usual[1] + 1e-9)
-
-    def surprising(self, z: float | None) -> bool:
-        return z is not None and (abs(z) if self.rules["two_sided"] else z) >= self.rules["threshold"]
-
-    def observe(self, h: float) -> None:
-        gate = self.gate
-        usual = self.usual()
-        if usual is not None and self.surprising(self.score(h, usual)):
-            gate["streak"], gate["pin"] = gate["streak"] + 1, self.pinned(usual)
-        else:
-            self.calm()
-        if gate["streak"] >= self.rules["patience"]:
-            self.trip()
-        self.remember(h)
-
-    def pinned(self, usual: tuple[float, float]) -> Usual:
-        return usual
-
-    def calm(self) -> None:
-        self.gate["streak"], self.gate["pin"] = 0, None
-
-    def trip(self) -> None:
-        self.gate["closed_at"] = self.gate["step"]
-        self.calm()
-
-    def remember(self, h: float) -> None:
-        gate, omega = self.gate, self.rules["omega"]
-        gate["history"], gate["seen"] = [*gate["history"], h], gate["seen"] + 1
-        off = h - gate["mean"]
-        gate["mean"], gate["var"] = (
-            (1 - omega) * gate["mean"] + omega * h,
-            (1 - omega) * gate["var"] + omega * off * off,
-        )
-
-    def counted(self, outcome: str) -> None:
-        """A step is over: "active", "single", "rolled back" or "skipped"."""
-        self.gate["active"] += outcome == "active"
-        self.gate["step"] += 1
 
     # -- the step
 
@@ -233,9 +164,16 @@ class Functional:
         """(gradient, its norm) at `point`. Failed where the pass is not finite."""
         loss, g = grad(self.handed_out(point))
         norm = self.norm(g)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
+        if not self.finite(loss, g, norm):
             raise Failed
         return g, norm
+
+    def finite(self, loss: float, g: Arrays, norm: float) -> bool:
+        return math.isfinite(loss) and math.isfinite(norm)
+
+    def nothing(self, norm: float) -> bool:
+        """Whether a gradient of this norm is a zero one."""
+        return norm == 0
 
     def handed_out(self, point: Arrays) -> Arrays:
         return {k: v.copy() for k, v in point.items()}
@@ -252,7 +190,7 @@ class Functional:
             return self.counted("skipped")
         c0 = self.clip(g0, n0)
         theta1, s1 = self.update(theta0, s0, c0)
-        if not self.open() or n0 == 0:
+        if not self.open() or self.nothing(n0):
             self.theta, self.state = theta1, s1
             return self.counted("single")
         try:
@@ -304,7 +242,7 @@ class InPlace(Functional):
     def passes(self, grad: Gradient, before: tuple[Arrays, State]) -> str:
         self.first = (g0, n0) = self.ask(grad, self.theta)
         c0 = self.clip(g0, n0)
-        single = not self.open() or n0 == 0
+        single = not self.open() or self.nothing(n0)
         self.advance(c0)
         if single:
             return "single"
@@ -372,6 +310,7 @@ class Mutant:
     clauses: tuple[str, ...]  # those that are about this mistake: each must reject it
     source: str  # where the mistake is known from; "" where it is made up
     kind: type[Functional]
+    shows: tuple[str, ...] = DTYPES  # dtypes that can show it
 
     @property
     def style(self) -> str:
@@ -384,18 +323,15 @@ class Mutant:
 MUTANTS: dict[str, Mutant] = {}
 
 
-def mutant(name: str, does: str, *clauses: str, source: str = "") -> Callable[[type[Functional]], type[Functional]]:
+def mutant(
+    name: str, does: str, *clauses: str, source: str = "", shows: tuple[str, ...] = DTYPES
+) -> Callable[[type[Functional]], type[Functional]]:
     """Register a session class under `name`."""
 
     def register(kind: type[Functional]) -> type[Functional]:
         if name in MUTANTS:
             raise ValueError(f"two mutants are called {name}")
-        MUTANTS[name] = Mutant(name, does, clauses, source, kind)
+        MUTANTS[name] = Mutant(name, does, clauses, source, kind, shows)
         return kind
 
     return register
-
-
-def correct() -> list[ModelPort]:
-    """Both styles, with nothing wrong."""
-    return [ModelPort(kind, f"model, {kind.style}") for kind in (Functional, InPlace)]

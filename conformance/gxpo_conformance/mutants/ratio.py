@@ -76,15 +76,15 @@ class ActivityAbsolute(InPlace):
 
 @mutant("activity-over-all", "takes the RMS over all tensors together", "EST-03")
 class ActivityOverAll(Functional):
-    rms = 0.0
+    overall = 0.0
 
     def scales(self, theta: list[Arrays], g: list[Arrays]) -> Arrays:
         before = g[0] if self.config["estimator"] == "gradient" else {k: theta[1][k] - v for k, v in theta[0].items()}
-        self.rms = self.norm(before) / math.sqrt(sum(v.size for v in before.values()))
+        self.overall = self.norm(before) / math.sqrt(sum(v.size for v in before.values()))
         return super().scales(theta, g)
 
     def active(self, before: np.ndarray) -> np.ndarray:
-        return np.abs(before) > 1e-3 * self.rms
+        return np.abs(before) > 1e-3 * self.overall
 
 
 @mutant(

@@ -7,6 +7,7 @@ rejects none of them.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import multiprocessing
@@ -14,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -28,11 +29,11 @@ from gxpo_conformance.trial import FAIL, judge
 Matrix = dict[str, Any]
 
 
-def judged(who: str, dtype: str) -> dict[str, Any]:
+def judged(who: str, dtype: str, only: Collection[str] = ()) -> dict[str, Any]:
     """One implementation in one dtype: the clauses that reject it and by how many tolerances, the awkward runs in which
-    they do, and those it crashed in. `who`: a mutant's id, or the number of a right model."""
+    they do, and those it crashed in. `who`: a mutant's id, or the number of a right model. `only`: these clauses."""
     port = MUTANTS[who].port() if who in MUTANTS else correct()[int(who)]
-    verdict = judge(port, [dtype])
+    verdict = judge(port, [dtype], only=only)
     kills: dict[str, float] = {}
     crashed: dict[str, str] = {}
     runs: dict[str, str] = {}
@@ -48,17 +49,28 @@ def judged(who: str, dtype: str) -> dict[str, Any]:
     return {"who": who, "dtype": dtype, "kills": kills, "runs": runs, "crashed": crashed, "passes": passes}
 
 
-def every_judgement(jobs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
-    """In the order of `jobs`, on every core."""
+def judged_in_all(who: str) -> list[dict[str, Any]]:
+    """One implementation in every dtype. A mutant by all clauses in float64; in the others by those alone that are
+    about it or rejected it before, for what float64 does not show, a coarser dtype shows hardly ever."""
+    if who not in MUTANTS:
+        return [judged(who, dtype) for dtype in correct()[int(who)].dtypes]
+    found = [judged(who, DTYPES[0])]
+    for dtype in DTYPES[1:]:
+        found.append(judged(who, dtype, {*MUTANTS[who].clauses, *found[-1]["kills"]}))
+    return found
+
+
+def every_judgement(who: list[str]) -> Iterator[dict[str, Any]]:
+    """In the order of `who`, on every core."""
     context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=context) as pool:
         heard = signal.signal(signal.SIGINT, signal.SIG_IGN)  # passed on: Ctrl-C comes to this process alone
         try:
-            results = pool.map(judged, *zip(*jobs, strict=True))
+            results = pool.map(judged_in_all, who)
         finally:
             signal.signal(signal.SIGINT, heard)
         try:
-            yield from results
+            yield from itertools.chain.from_iterable(results)
         except BaseException:  # also where nobody asks for the next one any more
             threading.excepthook = lambda _: None  # the pool's own thread takes the end of its processes for a fault
             for process in multiprocessing.active_children():
@@ -69,19 +81,20 @@ def every_judgement(jobs: list[tuple[str, str]]) -> Iterator[dict[str, Any]]:
 
 
 def selftest(only: Sequence[str] = ()) -> Matrix:
-    """Runs it all, prints a line a mutant, and returns the matrix with what is wrong ("problems"). `only`: these
-    mutants, while one is being written; of clauses that reject none nothing is said then."""
+    """Runs it all, prints a line an implementation, and returns the matrix with what is wrong ("problems"). `only`:
+    these mutants, while one is being written; of clauses that reject none and of right models nothing is said then."""
     began = time.perf_counter()
-    right = [str(n) for n in range(len(correct()))]
+    right = [] if only else [str(n) for n in range(len(correct()))]
     chosen = {name: MUTANTS[name] for name in only or MUTANTS}
-    jobs = [(who, dtype) for who in (*right, *chosen) for dtype in DTYPES]
     problems: list[str] = []
     rows: dict[str, dict[str, Any]] = {}
-    for found in every_judgement(jobs):
+    for found in every_judgement([*right, *chosen]):
         who, dtype = found["who"], found["dtype"]
         if who in right:
+            name = correct()[int(who)].name
+            print(f"{name} in {dtype}: {'passes' if found['passes'] else 'REJECTED'}", flush=True)
             if not found["passes"]:
-                problems.append(f"a right implementation is rejected in {dtype}: {', '.join(found['kills'])}")
+                problems.append(f"a right implementation ({name}) is rejected in {dtype}: {', '.join(found['kills'])}")
             continue
         row = rows.setdefault(who, {"kills": {}, "margins": {}, "runs": {}})
         row["runs"] |= {dtype: found["runs"]} if found["runs"] else {}
@@ -110,7 +123,7 @@ def wrong_with(found: dict[str, Any]) -> list[str]:
     """What is wrong with how the suite took one mutant in one dtype. bfloat16 shows the coarser mistakes only, so there
     it is enough that every clause has one (`idle_clauses`)."""
     mutant, dtype = MUTANTS[found["who"]], found["dtype"]
-    due = [c for c in mutant.clauses if dtype in CHECKS[c].dtypes and dtype != "bfloat16"]
+    due = [c for c in mutant.clauses if dtype in CHECKS[c].dtypes and dtype in mutant.shows and dtype != "bfloat16"]
     wrong = [
         f"{mutant.id} in {dtype}: {c} passes it"
         + (f" (it crashed: {found['crashed'][c]})" if c in found["crashed"] else "")
