@@ -85,6 +85,14 @@ def a_failed_step_does_not_reach_the_gate(harness: Harness) -> None:
         run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4}))
         for script in (*map(observed, CALM[:3]), odd, observed(64.0), observed(1.0)):
             run.step(script, judge="counts")
+    if declares(harness.capabilities, "gate_statistics:initial_norm"):  # whose observation is there early
+        for at in (1, 2):
+            odd = [dict(g) for g in observed(1.0)]
+            odd[at] = {"w": np.array([np.nan, 0.0])}
+            settings = config(gate={"window": 4, "statistic": "initial_norm"})
+            run = harness.begin({"w": np.zeros(2)}, settings)
+            for script in (*(observed(1.0, h) for h in CALM[:3]), odd, observed(1.0, 64.0), observed(1.0)):
+                run.step(script, judge="counts")
     if declares(harness.capabilities, "gate_options:patience"):  # it neither ends a streak nor belongs to it
         for at in (0, 1, 2):
             odd = [dict(g) for g in observed(2.0)]

@@ -82,6 +82,11 @@ def only_the_latest_window_counts(harness: Harness) -> None:
 def statistic_is_the_corrective_norm(harness: Harness) -> None:
     play(harness, [*CALM, observed(1.0, g0=64.0), 1.0, 1.0])
     play(harness, [*CALM, 2.0, 1.0], single=[5])
+    # Over all entries of a large tensor: the spike is its last one.
+    run = harness.begin({"w": np.zeros(300)}, config(gate={"window": 4}))
+    for n, h in enumerate([*CALM, 2.0, 1.0]):
+        script = [{"w": np.concatenate([np.zeros(299), [g]])} for g in (1.0, 0.5, h)]
+        expect(run.step(script, judge="counts"), n, n == 5)
     # Over all tensors together: 1 and 1.5 make 1.8, which trips; 1 and 1 make 1.41, which does not (their sum would).
     for b, trips in ((1.5, [5]), (1.0, [])):
         run = harness.begin({"w": np.zeros(2), "v": np.zeros(1)}, config(gate={"window": 4}))
@@ -234,6 +239,11 @@ def the_callers_number_is_watched(harness: Harness) -> None:
     run = harness.begin({"w": np.zeros(2)}, config(gate={"statistic": "supplied", "window": 4}))
     for n, supplied in enumerate([-0.5, 0.0, 0.5, 0.0, 1.5, 0.0]):  # any finite number: 0 and below are none too few
         expect(run.step(observed(1.0), judge="counts", statistic=supplied), n, n == 5)
+    if declares(harness.capabilities, "gate_options:cooldown"):  # single passes observe nothing of it
+        settings = config(gate={"statistic": "supplied", "window": 4, "cooldown": 2})
+        run = harness.begin({"w": np.zeros(2)}, settings)
+        for n, supplied in enumerate([*CALM, 2.0, 512.0, 512.0, 8.0, 1.0]):
+            expect(run.step(observed(1.0), judge="counts", statistic=supplied), n, n in (5, 6, 8))
 
 
 @check("GAT-23", coarse=True)

@@ -67,6 +67,8 @@ def each_tensor_has_its_own_rms(harness: Harness) -> None:
     large = {"large": np.array([1024.0, -1024.0, 512.0, 1024.0])}
     small = np.array([0.0625, 0.03125, -0.0625, 0.0625])
     run.step([{**large, "small": small}, {**large, "small": small * 0.5}, {**large, "small": small}])
+    small = np.array([0.0625, 2.0**-15, -0.0625, 0.0625])  # the second is half of its own tensor's bound
+    run.step([{**large, "small": small}, {**large, "small": np.full(4, 0.0625)}, {**large, "small": small}])
 
 
 @check("EST-04", dtypes=("float32",))
@@ -143,6 +145,9 @@ def tensor_ratio_has_no_additive_constant(harness: Harness) -> None:
     run = harness.begin({"w": np.zeros(3)}, config(horizon=4, estimator="tensor"))
     g0 = np.array([1.0, 2.0, -1.0]) * 2.0**-24  # |u0|^2 is about 1e-15
     run.step([{"w": g0}, {"w": g0 * 0.875}, {"w": g0}])
+    run = harness.begin({"w": np.zeros(3), "large": np.zeros(1)}, config(horizon=4, estimator="tensor"))
+    g0, large = g0 * 2.0**-16, np.ones(1)  # about 1e-24, beside a tensor that is no tiny one
+    run.step([{"w": g0, "large": large}, {"w": g0 * 0.875, "large": large}, {"w": g0, "large": large}])
 
 
 @check("EXT-01")
@@ -238,6 +243,9 @@ def each_gradient_is_clipped_by_its_global_norm(harness: Harness) -> None:
     for norms in ([4.0, 2.0, 8.0], [0.5, 4.0, 0.25], [4.0, 0.5, 0.5]):
         for scale in (1.0, 2.0**-10):  # where norms are small, the 1e-6 shows
             clipped(harness, 2, scale, [scale * h for h in norms])
+    many = {"w": np.resize([1.0, -1.0, 0.5], 4100)}  # over all entries of a large tensor
+    run = harness.begin({"w": np.zeros(4100)}, config(horizon=2, max_grad_norm=8.0))
+    run.step([many, {"w": many["w"] * 0.5}, many])
     for limit in (1.0, 2.0**-10):  # a norm of C, and just below it, is scaled by C / (norm + 1e-6), too
         clipped(harness, 2, limit, [limit, limit - 2.0**-21, limit])
 
