@@ -16,7 +16,18 @@ from gxpo_conformance.harness.findings import CaseError
 from gxpo_conformance.known import read_known
 from gxpo_conformance.mutants import MUTANTS, selftest
 from gxpo_conformance.mutants.nearest import Nearest, matrix_file
-from gxpo_conformance.options import STATUS, chosen, command, count, filled, naming, paragraph, the_port, which_port
+from gxpo_conformance.options import (
+    STATUS,
+    chosen,
+    command,
+    count,
+    filled,
+    naming,
+    natural,
+    paragraph,
+    the_port,
+    which_port,
+)
 from gxpo_conformance.outputs import require_folder, require_writable, write
 from gxpo_conformance.points import read_points
 from gxpo_conformance.process.stdio import StdioPort
@@ -27,6 +38,7 @@ from gxpo_conformance.reports.html import html, matrix_page
 from gxpo_conformance.reports.junit import junit
 from gxpo_conformance.reports.record import Record, legible, records
 from gxpo_conformance.reports.terminal import Terminal, summary
+from gxpo_conformance.runs.play import SEED
 from gxpo_conformance.search import search
 from gxpo_conformance.suggest import did_you_mean
 from gxpo_conformance.trial import Trial, judge
@@ -51,6 +63,9 @@ def verdict_of(arguments: Sequence[str]) -> int:
         default=[],
         metavar="CLAUSES",
         help="clauses or groups, by comma: EXT,GAT-07 (leaves the verdict incomplete)",
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=SEED, metavar="N", help="of the random runs, RND (default: %(default)s)"
     )
     parser.add_argument(
         "--known", type=filled, metavar="FILE", help="TOML file of known failures, each with a reason and a link"
@@ -82,7 +97,9 @@ def judged(options: argparse.Namespace) -> tuple[list[Record], int]:
     began = time.perf_counter()
     known = read_known(options.known) if options.known else {}
     port = the_port(options)
-    verdict = judge(port, options.dtype, options.device, options.only, Terminal(), known, options.time_limit)
+    verdict = judge(
+        port, options.dtype, options.device, options.only, Terminal(), known, options.time_limit, options.seed
+    )
     with interrupt.held():  # Ctrl-C from here on would lose the reports
         if verdict.interrupted and isinstance(port, StdioPort):
             port.end()  # it is in a session of its own, where the terminal's Ctrl-C does not come

@@ -70,6 +70,12 @@ def seconds(text: str) -> float:
     return value
 
 
+def natural(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be an int >= 0, got {text}")
+    return int(text)
+
+
 def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be an int >= 1, got {text}")

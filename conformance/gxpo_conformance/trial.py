@@ -54,6 +54,7 @@ class Verdict:
     dtypes: list[str]
     capabilities: dict[str, Any]
     results: dict[str, dict[str, Result]] = field(default_factory=dict)
+    seed: int = SEED  # of the random runs
     known: Mapping[str, Known] = field(default_factory=dict)  # what --known lists
     interrupted: str = ""  # "after 31 of 75 clauses", where Ctrl-C ended it
 
@@ -198,9 +199,8 @@ class Trial:
             dtype: Harness(port, declared, dtype, device, limit, foremost=not n) for n, dtype in enumerate(by_width)
         }
         self.known = known or {}
-        self.verdict = Verdict(name, device, chosen, declared, known=self.known)
+        self.verdict = Verdict(name, device, chosen, declared, known=self.known, seed=seed)
         self.timed_out: list[str] = []
-        self.seed = seed  # of the random runs
         self.fixed: dict[str, dict[str, Result]] = {}
 
     def settle(self, number: str) -> dict[str, Result]:
@@ -250,7 +250,7 @@ class Trial:
             return fixed
         first = self.first_failure(dtype)
         if first is None:
-            found = self.tried(clause, harness, lambda harness: check_runs(harness, clause.id, self.seed))
+            found = self.tried(clause, harness, lambda harness: check_runs(harness, clause.id, self.verdict.seed))
             return replace(found, seconds=found.seconds + fixed.seconds)
         if clause.id in RANDOM_RUNS:
             return replace(fixed, verdict=BLOCKED, message=f"waits for {first}, which did not pass")

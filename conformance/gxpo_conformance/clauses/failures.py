@@ -133,12 +133,18 @@ def an_exception_does_not_reach_the_gate(harness: Harness) -> None:
 
 
 def not_a_step(harness: Harness, what: type[BaseException]) -> None:
-    """A step that raises neither uses the warm-up up nor ends a streak."""
+    """A step that raises uses up neither warm-up nor budget, and ends no streak."""
     if declares(harness.capabilities, "gate_options:warmup"):
         run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 2, "warmup": 2}))
         run.raising(observed(1.0), 0, what=what)
-        for h in (64.0, 64.0, 1.0, 1.25, 64.0, 1.0):
+        for h in (64.0, 1.0, 1.25, 64.0, 1.0):  # the second 64 is the second observation, and not scored
             run.step(observed(h), judge="counts")
+    if declares(harness.capabilities, "gate_options:max_active_steps"):
+        run = harness.begin({"w": np.zeros(2)}, config(gate={"max_active_steps": 2}))
+        for at in (0, 2):
+            run.raising(observed(1.0), at, what=what)
+            run.step(observed(1.0), judge="counts")
+        run.step(observed(1.0), judge="counts")
     if declares(harness.capabilities, "gate_options:patience"):
         run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4, "patience": 2}))
         for h in (*CALM, 2.0):

@@ -98,6 +98,7 @@ def header(verdict: Verdict, command: str) -> Record:
         "port": on_a_line(verdict.port, MOST_NAME),
         "device": verdict.device,
         "dtypes": verdict.dtypes,
+        "seed": verdict.seed,
         "capabilities": verdict.capabilities,
         "command": command,
     }

@@ -99,4 +99,6 @@ def summary(records: list[Record]) -> None:
     for note in foot["notes"]:
         say(wrapped(note, ""))
     say(f"verdict: {foot['words']}")
-    say(f"{ran} checks ran in {foot['seconds']:.1f} s; end of report")
+    drawn = any(r["clause"].startswith("RND") and r["verdict"] in (PASS, FAIL) for r in results)
+    random = f", random runs by seed {head['seed']}" if drawn else ""
+    say(f"{ran} checks ran in {foot['seconds']:.1f} s{random}; end of report")

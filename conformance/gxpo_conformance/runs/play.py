@@ -15,7 +15,7 @@ from gxpo_conformance.runs.build import Event, Plan, build, fit
 from gxpo_conformance.runs.focus import ACCIDENTS, FOCUS, random_run
 from gxpo_conformance.runs.levels import FACTORS, SIMPLEST, Levels, fitted
 
-RANDOM_RUNS = {"RND-01": 80, "RND-02": 160}  # of a verdict
+RANDOM_RUNS = {"RND-01": 60, "RND-02": 140}  # of a verdict
 SEED = 0
 SHARE = 4  # of the awkward runs, one in so many is played in the further dtypes of a verdict, too
 MOST_TRIES = 60  # to make a failing run smaller
