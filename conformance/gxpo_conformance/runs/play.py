@@ -13,7 +13,7 @@ from gxpo_conformance.harness.harness import Harness, Run
 from gxpo_conformance.protocol import declares
 from gxpo_conformance.runs.build import Event, Plan, build, fit
 from gxpo_conformance.runs.focus import ACCIDENTS, FOCUS, random_run
-from gxpo_conformance.runs.levels import FACTORS, SIMPLEST, Levels, fitted
+from gxpo_conformance.runs.levels import SIMPLEST, Levels, fitted
 
 RANDOM_RUNS = {"RND-01": 60, "RND-02": 140}  # of a verdict
 SEED = 0
@@ -179,8 +179,8 @@ class Shrinker:
 
     def simplify(self) -> None:
         harness, levels = self.harness, self.awkward.levels
-        for factor in FACTORS:
-            simpler = fitted({**levels, factor: SIMPLEST[factor]}, harness.capabilities, harness.dtype)
+        for factor, simplest in [*SIMPLEST.items(), ("sizes", "one")]:  # nothing is simpler than one tensor
+            simpler = fitted({**levels, factor: simplest}, harness.capabilities, harness.dtype)
             if simpler != levels and self.holds(levels=simpler):
                 levels = simpler
 
