@@ -26,7 +26,7 @@ def test_the_models_that_mutants_are_made_from_are_right(port: Any) -> None:
 
 @pytest.mark.parametrize("port", correct()[2:], ids=lambda port: port.name)
 def test_what_the_rules_leave_open_is_not_rejected(port: Any) -> None:
-    """Whoever has a right port and reads that it is wrong never trusts the suite again. (All clauses: selftest.)"""
+    """Whoever has a right port and reads that it is wrong never trusts the suite again. (The random runs: selftest.)"""
     verdict = judge(port, only=port.about)
     assert verdict.failed == []
     assert verdict.which("pass")
