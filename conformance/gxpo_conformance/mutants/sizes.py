@@ -82,7 +82,7 @@ class DisplacementFloor(Functional):
         return super().active(before) & ((np.abs(before) > 1e-12) | (self.config["estimator"] != "displacement"))
 
 
-@mutant("tensor-floor-of-1e-20", "takes a tensor for one at rest whose squares add up to less than 1e-20", "EST-12")
+@mutant("tensor-floor-of-1e-20", "takes a tensor for one at rest whose squares add up to less than 1e-20", "EST-14")
 class TensorFloor(InPlace):
     def tensor_ratio(self, u0: np.ndarray, u1: np.ndarray) -> np.ndarray:
         moved = float(np.sum(u0.astype(np.float64) ** 2)) >= 1e-20
