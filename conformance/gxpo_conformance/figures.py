@@ -100,7 +100,7 @@ COMMANDS = {  # what is timed -> (arguments, the bound that is aimed at, in seco
         ["--exec", f"{sys.executable} -m gxpo_conformance.process.serve gxpo_conformance.adapters.torch:Port"],
         60,
     ),
-    "selftest": (["selftest"], 90),
+    "selftest": (["selftest"], 120),
 }
 
 

@@ -97,8 +97,9 @@ class Verdict:
 
     @property
     def notes(self) -> list[str]:
-        """What of --known this run had no use for, in words; it changes no verdict."""
-        said = []
+        """What of the declaration was left out, and of --known had no use, in words; it changes no verdict."""
+        left = [dtype for dtype in self.capabilities["dtypes"] if dtype not in self.dtypes]
+        said = [f"declared and not run: {', '.join(left)} (--dtype chose)"] if left else []
         for number, entry in self.known.items():
             found = self.of(number)
             absent = [dtype for dtype in entry.dtypes if dtype not in self.dtypes]
