@@ -135,3 +135,19 @@ class RmsByRunningSums(InPlace):
 class NormInFloat32(Functional):
     def norm(self, g: Arrays) -> float:
         return float(np.float32(super().norm(g)))
+
+
+# ---- What the gate keeps of a norm: seen where scales and gates meet, as they do in random runs ----------------------
+
+
+@mutant("norms-capped", "takes norms above 2000 for 2000 where it observes them", "RND-01")
+class NormsCapped(InPlace):
+    def statistic(self, g: list[Arrays], norms: list[float]) -> float:
+        return super().statistic(g, [min(n, 2000.0) for n in norms])
+
+
+@mutant("small-norms-cut-off", "takes norms below 1e-5 for 0 where it observes them", "RND-02")
+class SmallNormsCutOff(Functional):
+    def statistic(self, g: list[Arrays], norms: list[float]) -> float:
+        h = super().statistic(g, norms)
+        return 0.0 if h < 1e-5 and self.rules["statistic"] in ("corrective_norm", "initial_norm") else h
