@@ -291,6 +291,6 @@ def test_commands_write_where_the_user_stands(installed: Callable[[str], Environ
     assert contents() == before
     page = (tmp_path / "RESULTS.md").read_text(encoding="utf-8")
     assert "| GXPO | 0.05 |" in page.split("<!-- steep-sgd -->")[1].split("<!-- end of steep-sgd -->")[0]
-    assert {p.stem for p in (tmp_path / "vectors").iterdir()} == {"scale", "ratio", "step", "gate"}
+    assert {p.stem for p in (tmp_path / "vectors").iterdir()} == {"scale", "ratio", "step", "gate", "run"}
     assert json.loads((tmp_path / "gxpo-toys-bandit" / "results.json").read_text(encoding="utf-8"))["cells"]
     assert (tmp_path / "quadratics.gif").exists()

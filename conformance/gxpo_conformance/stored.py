@@ -32,8 +32,8 @@ def read(target: str) -> Case:
 
 
 def vector(target: str) -> Case:
-    there = [case for kind in ("step", "gate") for case in vectors.load(kind)]
-    found = next((case for case in there if case["id"] == target.upper()), None)
+    there = [case for kind in ("step", "gate", "run") for case in vectors.load(kind)]
+    found = next((case for case in there if case["id"].upper() == target.upper()), None)
     if found is None:
         names = [case["id"] for case in there] if "/" in target else list(clauses())
         near = did_you_mean(target, names)
