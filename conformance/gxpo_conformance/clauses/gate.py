@@ -76,6 +76,7 @@ def a_low_value_is_no_danger(harness: Harness) -> None:
 @check("GAT-06", coarse=True)
 def only_the_latest_window_counts(harness: Harness) -> None:
     play(harness, [64.0, *CALM, 2.0, 1.0], single=[6])
+    play(harness, [*CALM * 32, 2.0, 1.0], single=[129], window=128)  # all of them, be they many
 
 
 @check("GAT-07", coarse=True)

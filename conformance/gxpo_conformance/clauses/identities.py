@@ -166,16 +166,15 @@ def names_do_not_matter(harness: Harness) -> None:
     def back(arrays: Arrays) -> Arrays:
         return {"a": arrays["z.weight"], "b": arrays["0"]}
 
-    def odd(arrays: Arrays) -> Arrays:  # names that a framework, or JavaScript, may have a meaning for
-        return {"θ.weight": arrays["a"], "constructor": arrays["b"]}
-
-    def and_back(arrays: Arrays) -> Arrays:
-        return {"a": arrays["θ.weight"], "b": arrays["constructor"]}
+    def named(a: str, b: str) -> tuple[Arrangement, Arrangement]:
+        return (lambda arrays: {a: arrays["a"], b: arrays["b"]}), (lambda arrays: {"a": arrays[a], "b": arrays[b]})
 
     script = [split(g) for g in SCRIPT]
-    settings = config(alpha=0.5, optimizer={"lr": 0.125, "momentum": 0.5})
-    for one, other in ((there, back), (odd, and_back)):
-        rearranged(harness, split({"w": THETA}), [script] * 2, settings, one, other, "tensors renamed")
+    settings = config(alpha=0.5, optimizer={"lr": 0.125, "momentum": 0.5, "weight_decay": 0.125})
+    rearranged(harness, split({"w": THETA}), [script] * 2, settings, there, back, "tensors renamed")
+    # Names that a trainer, or JavaScript, may have a meaning for.
+    for pair in (("layers.0.bias", "norm.weight"), ("θ.weight", "constructor"), ("lora_B", "embed_tokens.weight")):
+        rearranged(harness, split({"w": THETA}), [script] * 2, settings, *named(*pair), f"tensors renamed to {pair}")
 
 
 @check("INV-08")

@@ -334,6 +334,10 @@ def adamw_state_follows_the_policy(harness: Harness) -> None:
     for policy in harness.capabilities["optimizer_state"]:
         adamw = {"name": "adamw", "lr": 0.0625, "betas": [0.5, 0.75], "eps": 2.0**-10}
         state_policy(harness, policy, adamw)
+        usual = {"name": "adamw", "lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}
+        run = harness.begin({"w": THETA}, config(horizon=4, optimizer_state=policy, optimizer=usual))
+        for n in range(45):  # more than a hundred updates: the bias correction goes on
+            run.step([{"w": G0 * (1 + n % 3)}, {"w": G0 * 0.75}, {"w": LAST}])
         if declares(harness.capabilities, "estimators:displacement"):
             settings = config(horizon=4, estimator="displacement", optimizer_state=policy, optimizer=adamw)
             run = harness.begin({"w": np.zeros(4)}, settings)

@@ -31,9 +31,9 @@ SIZES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
     "several": [((2,), (7,), (3, 2), (1, 1, 4)), ((3,), (), (2, 5), (6,), (1,))],
     "empty": [((3,), (0,)), ((0, 4), (2, 2), (3,))],
     "hundreds": [((257,), (3,)), ((9, 33),)],
-    "thousands": [((4100,),), ((5,), (1030, 2))],
+    "thousands": [((6001,),), ((5,), (1030, 2))],
 }
-SCALES = {"unit": 0, "small": -10, "tiny": -22, "mixed": 0, "large": 9, "huge": 30}  # exponents of two
+SCALES = {"unit": 0, "small": -10, "tiny": -22, "mixed": 0, "large": 9, "huge": 30, "vast": 200}  # exponents of two
 SHARES = (0.5e-3, 0.8e-3, 1.25e-3, 4e-3)  # of the tensor's RMS, about the activity bound
 USUAL: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1},

@@ -35,7 +35,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "cooldown": (None, 0, 1, 2, 3),
     "max_active_steps": (None, 0, 1, 2, 4, 6),
     "sizes": ("few", "one", "scalar", "several", "empty", "hundreds", "thousands"),
-    "scale": ("unit", "small", "tiny", "mixed", "large", "huge"),
+    "scale": ("unit", "small", "tiny", "mixed", "large", "huge", "vast"),
     "start": ("zero", "near"),  # where the parameters are
     "ratios": ("any", "one", "beyond", "low"),  # what coordinates keep of their gradient
 }
@@ -68,6 +68,8 @@ def fitted(levels: Mapping[str, Any], capabilities: dict[str, Any], dtype: str) 
     for factor, level in made.items():
         if not has(capabilities, factor, level):
             made[factor] = next(other for other in FACTORS[factor] if has(capabilities, factor, other))
+    if made["scale"] == "vast" and dtype != "float64":  # beyond what float32 holds
+        made["scale"] = "huge"
     if dtype == "bfloat16":  # displacements mostly round away (SPEC.md, Budgets)
         if made["estimator"] == "displacement":
             made["estimator"] = "gradient"
