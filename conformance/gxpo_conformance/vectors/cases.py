@@ -29,7 +29,8 @@ ABOUT_THE_STEP = ("GAT-07", "GAT-08", "GAT-20", "GAT-21", "GAT-22", "GAT-26")  #
 ABOUT_SEVERAL_RUNS = ("INV-05", "INV-06", "INV-07", "INV-08", "INV-09", "INV-10")  # one run shows nothing of them
 ABOUT_ARRAYS = ("DEV-02", "DEV-03")  # handed out, in another order and layout: a file shows nothing of them
 WHOLE_RUNS = ("TOY", "RND")  # the gradients of the former depend on where the port is, the latter come with a seed
-MOST_NUMBERS = 400  # parameters in a case; the files would grow by half a megabyte with each tensor of thousands
+# Parameters and whole steps in a case: the files would grow by half a megabyte with each tensor of thousands.
+MOST_NUMBERS, MOST_STEPS = 400, 20
 INPUTS = {  # what makes a case the case it is
     "scale": ("clause", "horizon", "r"),
     "ratio": ("clause", "horizon", "g0", "g1", "c0", "c1"),
@@ -92,9 +93,9 @@ def played() -> dict[str, list[Case]]:
             if not talk.steps or size(talk) > MOST_NUMBERS:
                 continue
             case = described(clause, comment, talk)
-            if has_two_right_answers(case):
-                continue
             kind = kind_of(case)
+            if has_two_right_answers(case) or (kind == "step" and len(case["steps"]) > MOST_STEPS):
+                continue
             made[kind].setdefault(inputs(kind, case if kind == "step" else gate_only(case)), case)
     return {kind: list(cases.values()) for kind, cases in made.items()}
 
@@ -170,11 +171,18 @@ def flags(case: Case) -> list[str]:
         "trips": any(step.get("gate", {}).get("trips") for step in steps),
         "resumed": any(step.get("resume") for step in steps),
         "non-finite loss": any(step.get("why", "").startswith("non-finite loss") for step in steps),
+        "beyond float32": any(too_large(answer.get("grads", {})) for step in steps for answer in step["answers"]),
         "interrupt": any(answer.get("raise") == INTERRUPT for step in steps for answer in step["answers"]),
         **{name: any(step["outcome"] == outcome for step in steps) for outcome, name in outcomes.items()},
         **{name: settings["gate"][name] != simplest[name] for name in everything()["gate_options"]},
     }
     return [name for name, present in found.items() if present]
+
+
+def too_large(grads: dict[str, Any]) -> bool:
+    """Whether a finite number is none in float32."""
+    with np.errstate(over="ignore"):
+        return any(np.isinf(g.astype(np.float32)[np.isfinite(g)]).any() for g in from_wire(grads).values())
 
 
 # ---- Awkward runs ----------------------------------------------------------------------------------------------------
