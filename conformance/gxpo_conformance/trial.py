@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -178,6 +178,7 @@ class Trial:
         known: Mapping[str, Known] | None = None,
         time_limit: float = TIME_LIMIT,
         seed: int = SEED,
+        awkward: Collection[str] | None = None,
     ) -> None:
         try:
             declared = check_capabilities(port.capabilities())
@@ -202,6 +203,7 @@ class Trial:
         self.known = known or {}
         self.verdict = Verdict(name, device, chosen, declared, known=self.known, seed=seed)
         self.timed_out: list[str] = []
+        self.awkward = awkward  # the clauses whose awkward runs are played; None: all
         self.fixed: dict[str, dict[str, Result]] = {}
 
     def settle(self, number: str) -> dict[str, Result]:
@@ -247,7 +249,8 @@ class Trial:
         they wait until it is mended.
         """
         clause, dtype = fixed.clause, fixed.dtype
-        if fixed.verdict not in (PASS, ERROR) or not has_runs(clause.id):
+        left_out = self.awkward is not None and clause.id not in self.awkward
+        if fixed.verdict not in (PASS, ERROR) or not has_runs(clause.id) or left_out:
             return fixed
         first = self.first_failure(dtype)
         if first is None:
@@ -334,10 +337,12 @@ def judge(
     known: Mapping[str, Known] | None = None,
     time_limit: float = TIME_LIMIT,
     seed: int = SEED,
+    awkward: Collection[str] | None = None,
 ) -> Verdict:
-    """Judge `port` by every clause, or by those that `only` names (EXT, GAT-07). Raises as Trial does. Where the user's
+    """Judge `port` by every clause, or by those that `only` names (EXT, GAT-07); `awkward`: the clauses whose awkward
+    runs are played (None: all). Raises as Trial does. Where the user's
     Ctrl-C comes (interrupt.py), the verdict is on what ran so far, and says so."""
-    trial = Trial(port, dtypes, device, known, time_limit, seed)
+    trial = Trial(port, dtypes, device, known, time_limit, seed, awkward)
     chosen = [number for number in clauses() if not only or any(number.startswith(o) for o in only)]
     try:
         for number in chosen:

@@ -242,3 +242,11 @@ def what_was_saved_stays_as_it_is(harness: Harness) -> None:
     run.talk.resume(observed(64.0))
     for h in (1.25, 2.5, 1.0):
         run.step(observed(h))
+    # Nor is it what was saved before, though no active step lies between.
+    run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 4}, optimizer=MOMENTUM))
+    for h in (*CALM, 64.0, 1.0):
+        run.step(observed(h))
+        harness.call("save()", lambda: run.talk.session.save())
+    run.step(observed(1.0))
+    run.talk.resume(observed(1.0))
+    run.step(observed(1.0))

@@ -71,6 +71,14 @@ class BoomValue(Boom, ValueError):
     """As a data set's complaint is."""
 
 
+class BoomMemory(Boom, MemoryError):
+    """As a CPU's is."""
+
+
+class BoomStop(Boom, StopIteration):
+    """As that of a data loader at its end."""
+
+
 class BoomArithmetic(Boom, FloatingPointError):
     """As a framework's own look for NaN is."""
 

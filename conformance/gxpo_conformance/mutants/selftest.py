@@ -31,9 +31,11 @@ Matrix = dict[str, Any]
 
 def judged(who: str, dtype: str, only: Collection[str] = ()) -> dict[str, Any]:
     """One implementation in one dtype: the clauses that reject it and by how many tolerances, the awkward runs in which
-    they do, and those it crashed in. `who`: a mutant's id, or the number of a right model. `only`: these clauses."""
+    they do, and those it crashed in. `who`: a mutant's id, or the number of a right model. `only`: these clauses.
+
+    A mutant's awkward runs are those of the clauses about it: all of them, for each mutant, would take half an hour."""
     port = MUTANTS[who].port() if who in MUTANTS else correct()[int(who)]
-    verdict = judge(port, [dtype], only=only)
+    verdict = judge(port, [dtype], only=only, awkward=MUTANTS[who].clauses if who in MUTANTS else None)
     kills: dict[str, float] = {}
     crashed: dict[str, str] = {}
     runs: dict[str, str] = {}

@@ -16,7 +16,16 @@ from typing import Any
 import numpy as np
 
 from gxpo_conformance.harness.budget import UNIT_ROUNDOFF
-from gxpo_conformance.harness.findings import Boom, BoomArithmetic, BoomRuntime, BoomValue, in_float64, to_dtype
+from gxpo_conformance.harness.findings import (
+    Boom,
+    BoomArithmetic,
+    BoomMemory,
+    BoomRuntime,
+    BoomStop,
+    BoomValue,
+    in_float64,
+    to_dtype,
+)
 from gxpo_conformance.harness.recorder import Recorder
 from gxpo_conformance.protocol import Arrays, Config, config
 from gxpo_conformance.runs.dice import Dice
@@ -33,6 +42,7 @@ SIZES: dict[str, list[tuple[tuple[int, ...], ...]]] = {
     "hundreds": [((257,), (3,)), ((9, 33),)],
     "thousands": [((6001,),), ((5,), (1030, 2))],
 }
+NAMES = ("w", "layers.0.weight", "layers.0.bias", "layers.1.weight", "norm.bias")
 SCALES = {"unit": 0, "small": -10, "tiny": -22, "mixed": 0, "large": 9, "huge": 30, "vast": 200}  # exponents of two
 SHARES = (0.5e-3, 0.8e-3, 1.25e-3, 4e-3)  # of the tensor's RMS, about the activity bound
 USUAL: dict[str, dict[str, Any]] = {
@@ -44,7 +54,14 @@ USUAL: dict[str, dict[str, Any]] = {
 TARGETS = {"calm": (-0.3, 0.3), "below": (0.86, 0.92), "above": (1.08, 1.15), "far": (2.0, 6.0)}
 TARGETS |= {"low": (-1.15, -1.08), "not so low": (-0.92, -0.86)}
 BAD = (math.nan, math.inf, -math.inf)
-RAISED: tuple[type[BaseException], ...] = (Boom, BoomRuntime, BoomValue, BoomArithmetic)
+RAISED: tuple[type[BaseException], ...] = (
+    Boom,
+    BoomRuntime,
+    BoomValue,
+    BoomMemory,
+    BoomStop,
+    BoomArithmetic,
+)
 TRIES = 6  # to draw a step that rounding cannot decide
 
 
@@ -113,7 +130,7 @@ class Builder:
     def __init__(self, levels: Levels, seed: str, dtype: str) -> None:
         dice = Dice(seed, "run")
         self.levels, self.seed, self.dtype = levels, seed, dtype
-        self.shapes = {f"t{n}": shape for n, shape in enumerate(dice.choice(SIZES[levels["sizes"]]))}
+        self.shapes = dict(zip(NAMES, dice.choice(SIZES[levels["sizes"]]), strict=False))
         if levels["sizes"] == "several" and dice.chance(0.5):  # the order of names is not the alphabet's
             self.shapes = dict(zip(reversed([*self.shapes]), self.shapes.values(), strict=True))
         unit = 2.0 ** SCALES[levels["scale"]]
