@@ -55,6 +55,11 @@ def small_coordinates_are_not_extrapolated(harness: Harness) -> None:
     g0[1] = 1.5 * np.abs(g0).mean() * 1e-3
     run = harness.begin({"w": np.zeros(16)}, config(horizon=4))
     run.step([{"w": g0}, {"w": np.ones(16)}, {"w": np.ones(16)}])
+    # Zeros are entries as any other: over all sixteen the bound is 0.25e-3, over those that are not zero 0.7e-3.
+    g0 = np.zeros(16)
+    g0[:2] = 1.0, 0.5e-3
+    run = harness.begin({"w": np.zeros(16)}, config(horizon=4))
+    run.step([{"w": g0}, {"w": g0}, {"w": g0}])
     # Of the tensor, not of a row of it.
     rows = {"w": np.array([[1.0, -1.0], [2.0**-12, -(2.0**-12)]])}
     run = harness.begin({"w": np.zeros((2, 2))}, config(horizon=4))
@@ -67,6 +72,7 @@ def each_tensor_has_its_own_rms(harness: Harness) -> None:
     large = {"large": np.array([1024.0, -1024.0, 512.0, 1024.0])}
     small = np.array([0.0625, 0.03125, -0.0625, 0.0625])
     run.step([{**large, "small": small}, {**large, "small": small * 0.5}, {**large, "small": small}])
+    run.step([{**large, "small": small * k * 2.0**-40} for k in (1.0, 0.5, 1.0)])  # and however small it is
     small = np.array([0.0625, 2.0**-15, -0.0625, 0.0625])  # the second is half of its own tensor's bound
     run.step([{**large, "small": small}, {**large, "small": np.full(4, 0.0625)}, {**large, "small": small}])
 
