@@ -204,7 +204,7 @@ def run_cases(clause: str) -> Iterator[Case]:
 
 # Parameters times steps: below the first no run is preferred to another, above the second none is taken, so that the
 # file stays below 1.5 MB.
-LIGHT, HEAVY = 100, 250
+LIGHT, HEAVY = 100, 200
 
 
 def can_be_shown(awkward: play.Awkward) -> bool:
