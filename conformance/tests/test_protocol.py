@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from port_commands import fake_port, served
 
-from gxpo_conformance.adapters import oracle as oracle_adapter
 from gxpo_conformance.process.stdio import StdioPort
 from gxpo_conformance.protocol import (
     CAPABILITIES,
@@ -25,7 +24,6 @@ from gxpo_conformance.protocol import (
     declares,
     everything,
 )
-from gxpo_conformance.trial import judge
 from gxpo_conformance.wire import from_wire, to_wire
 from gxpo_reference import oracle as definition
 
@@ -197,34 +195,6 @@ def test_every_key_of_the_configuration_is_on_the_page_with_its_choices() -> Non
     known |= {f"optimizer.{key}": bound for key, bound in definition.OPTIMIZER.items()}
     choices = {key: set(bound) for key, bound in known.items() if isinstance(bound, tuple)}
     assert {key: set(re.findall(r'"(\w+)"', table[key])) for key in choices} == choices
-
-
-class Witness(oracle_adapter.Port):
-    """The oracle, with the core alone; keeps every configuration that it is given."""
-
-    def __init__(self) -> None:
-        self.given: list[dict[str, Any]] = []
-
-    def capabilities(self) -> dict[str, Any]:
-        return BARE
-
-    def start(self, params: Arrays, config: dict[str, Any], dtype: str = "float64", device: str = "cpu") -> Any:
-        self.given.append(config)
-        return super().start(params, config, dtype, device)
-
-
-def test_what_is_not_declared_is_switched_off_in_what_is_sent() -> None:
-    """A port without an option would have to read it in order to refuse it, or would be judged by it."""
-    witness = Witness()
-    assert judge(witness).failed == []
-    off = {"patience": 1, "two_sided": False, "warmup": 0, "cooldown": None, "max_active_steps": None}
-    off |= {"statistic": "corrective_norm", "baseline": "window"}
-    for made in witness.given:
-        assert {**made["gate"], **off} == made["gate"]
-        assert made["optimizer"].keys() == config()["optimizer"].keys()
-        assert (made["estimator"], made["optimizer_state"], made["max_grad_norm"]) == ("gradient", "keep", None)
-        assert 0 <= made["alpha"] <= 1
-        assert 0 <= made["optimizer"]["momentum"] < 1
 
 
 def test_the_suite_says_what_the_page_shows(tmp_path: Path, heard: Any) -> None:
