@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fewer_runs import few_runs
 
 import gxpo
 from gxpo_conformance import cli
@@ -77,7 +78,7 @@ def test_random_cases_reject_no_right_port(port: type, dtype: str) -> None:
     if dtype not in declared["dtypes"]:
         pytest.skip(f"{port().name} does not compute in {dtype}")
     for seed in range(20):
-        assert search(Harness(port(), declared, dtype, "cpu"), seed, 15) is None
+        assert search(Harness(port(), declared, dtype, "cpu"), seed, 8) is None
 
 
 def test_random_cases_find_what_is_wrong_and_shrink_it() -> None:
@@ -114,7 +115,8 @@ class CoreOnly(torch_adapter.Port):
 
 
 def test_what_is_not_declared_is_not_tested_and_the_report_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = judge(CoreOnly())
+    with few_runs():
+        verdict = judge(CoreOnly())
     assert verdict.exit_status == 0
     assert {c for c in clauses() if verdict.of(c) == "undeclared"} >= {"EST-10", "GAT-11", "CKP-01", "ATM-01", "CLP-01"}
     assert verdict.of("OPT-05") == PASS
@@ -188,35 +190,31 @@ PLANTED: dict[str, tuple[type, set[str]]] = {
 }
 
 
+BESIDE = {
+    # whole runs and identities at alpha < 1 see it too, and where the corrective step starts cannot be told apart
+    "alpha on the excess": {"MOV-03", "MOV-04", "COR-01", "INV", "TOY"},
+    "clipped statistic": set[str](),
+    "state not restored": {"OPT-06"},
+}
+
+
 @pytest.mark.parametrize("planted", PLANTED)
 def test_a_planted_error_is_named(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """gxpo.py itself, wrong in one place. (The suite's own mutants are many more: gxpo-conformance selftest.)"""
+    """gxpo.py itself, wrong in one place. (The suite's own mutants are many more: gxpo-conformance selftest.) A mistake
+    that fails everything tells its author nothing."""
     wrong, named = PLANTED[planted]
     monkeypatch.setattr(gxpo, "GXPO", wrong)
     verdict = judge(torch_adapter.Port(), ["float64"])
     assert verdict.exit_status == 1
     assert named <= set(verdict.failed), verdict.failed
-
-
-@pytest.mark.parametrize(
-    ("planted", "and_no_other"),
-    [
-        # whole runs and identities at alpha < 1 see it too, and where the corrective step starts cannot be told apart
-        ("alpha on the excess", {"MOV-01", "MOV-02", "MOV-03", "MOV-04", "COR-01", "INV", "TOY"}),
-        ("clipped statistic", {"CLP-03"}),
-        ("state not restored", {"OPT-05", "OPT-06"}),
-    ],
-)
-def test_a_planted_error_names_no_unrelated_clause(planted: str, and_no_other: set[str], monkeypatch: Any) -> None:
-    """A mistake that fails everything tells its author nothing."""
-    monkeypatch.setattr(gxpo, "GXPO", PLANTED[planted][0])
-    failed = judge(torch_adapter.Port(), ["float64"]).failed
-    assert [c for c in failed if c not in and_no_other and c[:3] not in and_no_other] == []
+    if planted in BESIDE:
+        others = set(verdict.failed) - named
+        assert {c for c in others if not {c, c[:3]} & BESIDE[planted]} == set()
 
 
 def test_the_command_names_what_failed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(gxpo, "GXPO", NeverRestored)
-    assert cli.main(["--dtype", "float64"]) == 1
+    assert cli.main(["--dtype", "float64", "--only", "OPT"]) == 1
     printed = capsys.readouterr().out
     assert "FAIL  OPT-05  float64" in printed
     assert "verdict: not conformant: OPT-05" in printed

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
+from fewer_runs import few_runs
 from port_commands import judged, served
 
 from gxpo_conformance.process import load, pipes
@@ -56,7 +57,8 @@ def test_an_adapter_may_wrap_the_losss_exception(wrap: str, both: Callable[..., 
 
 
 def test_an_adapter_behind_the_protocol_is_judged_as_it_is_in_process() -> None:
-    verdict = judged(ORACLE, 30.0, only="")
+    with few_runs():
+        verdict = judged(ORACLE, 30.0, only="")
     assert verdict.exit_status == 0
     assert verdict.words == "conformant (core + the declared options)"
 
@@ -215,7 +217,8 @@ def test_the_skeleton_on_the_page_is_a_port(tmp_path: Path) -> None:
     (skeleton,) = re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S)
     (tmp_path / "my_port.py").write_text(skeleton, encoding="utf-8")
     (tmp_path / "my_gxpo.py").write_text(MY_GXPO, encoding="utf-8")
-    verdict = judged(f"{sys.executable} {tmp_path / 'my_port.py'}", 30.0, only="")
+    with few_runs():
+        verdict = judged(f"{sys.executable} {tmp_path / 'my_port.py'}", 30.0, only="")
     assert verdict.exit_status == 0
     assert verdict.count("OPTION", "pass") == verdict.declared > 0
 

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from gxpo_conformance.clauses.table import clauses
-from gxpo_conformance.harness.harness import Harness
 from gxpo_conformance.process.load import load
 from gxpo_conformance.process.stdio import StdioPort
-from gxpo_conformance.protocol import check_capabilities, config, everything
+from gxpo_conformance.protocol import config, everything
 from gxpo_conformance.search import search
-from gxpo_conformance.trial import PASS, judge
+from gxpo_conformance.trial import PASS, Trial, judge
 
 NODE = shutil.which("node") or ""
 PORT = Path(str(resources.files("gxpo_reference").joinpath("ports", "gxpo_port.mjs")))
@@ -67,8 +66,8 @@ def test_it_declares_everything_but_what_javascript_lacks(port: StdioPort) -> No
 @pytest.mark.parametrize("seed", [0, 1])
 def test_random_cases_do_not_reject_it(port: StdioPort, seed: int, dtype: str) -> None:
     """Options that are right one by one would go wrong together, as in somebody's training run."""
-    declared = check_capabilities(port.capabilities())
-    assert search(Harness(port, declared, dtype, "cpu"), seed, 30) is None
+    harness = Trial(port, [dtype]).harnesses[dtype]
+    assert search(harness, seed, 30) is None
 
 
 @pytest.mark.parametrize(
