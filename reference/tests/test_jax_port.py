@@ -26,8 +26,8 @@ PORT = "gxpo_reference.ports.jax_adapter:Port"
 def test_it_is_conformant(monkeypatch: pytest.MonkeyPatch) -> None:
     """JAX users would train by a rule that is not GXPO, and the suite would have no port outside torch and numpy.
 
-    It compiles for every setting and shape, so that a whole verdict takes minutes and gigabytes: here float64 alone, all
-    fixed cases, of a clause's awkward runs one in eight, of the random ones 12 of 60 and of 140.
+    It compiles for every setting and shape, so that a whole verdict takes minutes and gigabytes: here float64 alone,
+    all fixed cases, of a clause's awkward runs one in eight, of the random ones 12 of 60 and of 140.
     """
     planned = play.planned
     monkeypatch.setattr(play, "planned", lambda clause: planned(clause)[::8])
