@@ -83,6 +83,8 @@ def only_the_latest_window_counts(harness: Harness) -> None:
 def statistic_is_the_corrective_norm(harness: Harness) -> None:
     play(harness, [*CALM, observed(1.0, g0=64.0), 1.0, 1.0])
     play(harness, [*CALM, 2.0, 1.0], single=[5])
+    tiny = 2.0**-20  # however small they are
+    play(harness, [*(tiny * h for h in CALM), 2.0 * tiny, tiny], single=[5])
     # Over all entries of a large tensor: the spike is its last one.
     run = harness.begin({"w": np.zeros(300)}, config(gate={"window": 4}))
     for n, h in enumerate([*CALM, 2.0, 1.0]):

@@ -21,13 +21,15 @@ SCRIPT = [{"w": G0}, {"w": G0 * R}, {"w": G0 * 0.5}]
 
 @check("DEV-01")
 def any_shape_will_do(harness: Harness) -> None:
-    shapes: list[tuple[int, ...]] = [(), (1,), (2, 3), (2, 1, 2)]
-    theta = {f"t{n}": np.resize(THETA, s) for n, s in enumerate(shapes)}
-    run = harness.begin(theta, config(horizon=4))
-    for scale in (1.0, 0.5):
-        g0 = {f"t{n}": np.resize(G0, s) * scale for n, s in enumerate(shapes)}
-        g1 = {k: g * np.resize(R, g.shape) for k, g in g0.items()}
-        run.step([g0, g1, g0])
+    shapes: list[tuple[int, ...]] = [(0,), (), (1,), (2, 3), (2, 1, 2), (3, 0)]
+    limits = (None, 1.0) if declares(harness.capabilities, "max_grad_norm") else (None,)
+    for limit in limits:
+        theta = {f"t{n}": np.resize(THETA, s) for n, s in enumerate(shapes)}
+        run = harness.begin(theta, config(horizon=4, max_grad_norm=limit))
+        for scale in (1.0, 0.5):
+            g0 = {f"t{n}": np.resize(G0, s) * scale for n, s in enumerate(shapes)}
+            g1 = {k: g * np.resize(R, g.shape) for k, g in g0.items()}
+            run.step([g0, g1, g0])
 
 
 @check("DEV-02", coarse=True)
@@ -41,6 +43,8 @@ def arrays_are_not_shared(harness: Harness) -> None:
     run = harness.begin({"w": THETA}, config(horizon=4, optimizer={"lr": 0.125, "momentum": 0.5}))
     run.talk.scribble = True  # nor does a loss that computes in the arrays that it is given
     run.step(SCRIPT)
+    run.step(SCRIPT)
+    run.step([{"w": np.zeros(8)}] * 3)  # a single pass hands out copies as well
     run.step(SCRIPT)
 
 
@@ -200,6 +204,12 @@ def sessions_do_not_touch_each_other(harness: Harness) -> None:
         one.step([{"w": g["w"] * first} for g in SCRIPT])
         two.step([{"w": -2.0 * second * g["w"]} for g in SCRIPT])
 
+    if declares(harness.capabilities, "optimizers:adamw"):
+        adamw = {"name": "adamw", "lr": 0.0625, "betas": [0.5, 0.75], "eps": 2.0**-10}
+        first, second = (harness.begin({"w": THETA}, config(horizon=4, optimizer=adamw)) for _ in range(2))
+        for scale in (1.0, 0.5):
+            first.step([{"w": g["w"] * scale} for g in SCRIPT])
+            second.step([{"w": -4.0 * g["w"]} for g in SCRIPT])
     # Nor do sessions of as many tensors and coordinates, divided otherwise.
     three = harness.begin({"a": THETA[:5], "b": THETA[5:]}, config(horizon=4))
     four = harness.begin({"a": THETA[:2], "b": THETA[2:]}, config(horizon=4))

@@ -133,12 +133,18 @@ def displacement_activity_reads_u0(harness: Harness) -> None:
     idle.step([{"w": G0}, {"w": G0}, {"w": G0}])
 
 
-@check("EST-12")
+@check("EST-12", leans=("OPT-02",))
 def tensor_ratio_is_one_number(harness: Harness) -> None:
     run = harness.begin({"a": np.zeros(3), "b": np.zeros((2, 2))}, config(horizon=4, estimator="tensor"))
     g0 = {"a": np.array([1.0, 2.0, -1.0]), "b": np.array([[1.0, -1.0], [4.0, 0.5]])}
     g1 = {"a": np.array([1.0, 0.5, -0.25]), "b": np.array([[0.25, -0.75], [3.0, 4.0]])}
     run.step([g0, g1, g1])
+    # It is about what moved: under momentum a tensor moves whose gradient is zero.
+    run = harness.begin(
+        {"a": np.zeros(3), "b": np.zeros((2, 2))}, config(horizon=4, estimator="tensor", optimizer=MOMENTUM)
+    )
+    run.step([g0, g1, g1])
+    run.step([{**g0, "a": np.zeros(3)}, g1, g1])
 
 
 @check("EST-13")
@@ -310,14 +316,17 @@ def adamw_is_torchs(harness: Harness) -> None:
     for theta, g0 in ((THETA, G0), (np.zeros(4), small)):
         run = harness.begin({"w": theta}, config(horizon=2, optimizer=adamw))
         run.step([{"w": g0}, {"w": g0 * 0.5}, {"w": g0}], judge="fast steps")
+    run = harness.begin({"w": THETA}, config(horizon=2, optimizer={**adamw, "betas": [0.875, 0.9375]}))  # no 1 - beta
+    run.step([{"w": G0}, {"w": G0 * 0.5}, {"w": G0}], judge="fast steps")
+    run = harness.begin({"w": THETA}, config(horizon=2, optimizer={**adamw, "eps": 0.0}))  # 0 is a number, too
+    run.step([{"w": G0}, {"w": G0 * 0.5}, {"w": G0}], judge="fast steps")
     at_rest(harness, adamw)
 
 
 def at_rest(harness: Harness, optimizer: dict) -> None:
     """A tensor whose gradient is zero decays, and has momentum, as any other."""
     run = harness.begin({"w": THETA[1:4], "still": THETA[1:4]}, config(horizon=2, optimizer=optimizer))
-    none = np.zeros(3)
-    run.step([{"w": G0[:3], "still": none}] * 3, judge="fast steps")
+    run.step([{"w": G0[:3], "still": np.zeros(3)}] * 3, judge="update")
 
 
 def state_policy(harness: Harness, policy: str, optimizer: dict) -> None:
@@ -342,8 +351,8 @@ def adamw_state_follows_the_policy(harness: Harness) -> None:
     for policy in harness.capabilities["optimizer_state"]:
         adamw = {"name": "adamw", "lr": 0.0625, "betas": [0.5, 0.75], "eps": 2.0**-10}
         state_policy(harness, policy, adamw)
-        usual = {"name": "adamw", "lr": 0.001, "betas": [0.9, 0.999], "eps": 1e-8}
-        run = harness.begin({"w": THETA}, config(horizon=4, optimizer_state=policy, optimizer=usual))
+        slow = {"name": "adamw", "lr": 2.0**-10, "betas": [1 - 2.0**-4, 1 - 2.0**-10], "eps": 2.0**-27}
+        run = harness.begin({"w": THETA}, config(horizon=4, optimizer_state=policy, optimizer=slow))
         for n in range(45):  # more than a hundred updates: the bias correction goes on
             run.step([{"w": G0 * (1 + n % 3)}, {"w": G0 * 0.75}, {"w": LAST}])
         if declares(harness.capabilities, "estimators:displacement"):

@@ -134,7 +134,7 @@ class SaveHandsOutTheGate(Functional):
         return {**super().save(), "gate": self.gate}
 
 
-@mutant("load-keeps-the-record", "goes on in the record that it was given, and changes it", "CKP-01")
+@mutant("load-keeps-the-record", "goes on in the record that it was given, and changes it", "CKP-10")
 class LoadKeepsTheRecord(InPlace):
     def load(self, saved: Any) -> None:
         super().load(saved)

@@ -276,3 +276,10 @@ class InitialNormOfSinglePasses(InPlace):
         if closed and self.first and self.rules["statistic"] == "initial_norm":
             self.remember(self.first[1])
         super().counted(outcome)
+
+
+@mutant("tensor-ratio-keeps-under-ema", "lets the state go on from s2 where a tensor's ratio meets the ema", "RND-02")
+class TensorRatioKeepsUnderEma(Functional):
+    def state_of_the_last_step(self, s0: State, s2: State) -> State:
+        together = self.config["estimator"] == "tensor" and self.rules["baseline"] == "ema"
+        return s2 if together else super().state_of_the_last_step(s0, s2)

@@ -52,7 +52,7 @@ class NormOfAHundred(InPlace):
         return super().statistic(g, norms)
 
 
-@mutant("empty-tensor-takes-one", "counts an entry of the tensor after an empty one twice in norms", "CLP-01")
+@mutant("empty-tensor-takes-one", "counts an entry of the tensor after an empty one twice in norms", "DEV-01")
 class EmptyTensorTakesOne(InPlace):
     def norm(self, g: Arrays) -> float:
         flat = np.concatenate([np.zeros(0, dtype=self.kind), *(v.ravel() for v in g.values())])
@@ -146,7 +146,7 @@ class NormsCapped(InPlace):
         return super().statistic(g, [min(n, 2000.0) for n in norms])
 
 
-@mutant("small-norms-cut-off", "takes norms below 1e-5 for 0 where it observes them", "RND-02")
+@mutant("small-norms-cut-off", "takes norms below 1e-5 for 0 where it observes them", "GAT-07")
 class SmallNormsCutOff(Functional):
     def statistic(self, g: list[Arrays], norms: list[float]) -> float:
         h = super().statistic(g, norms)

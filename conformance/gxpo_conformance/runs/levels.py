@@ -94,18 +94,22 @@ def covering(key: str, vary: tuple[tuple[str, tuple[Any, ...]], ...], most: int)
     left = {
         frozenset({(a, x), (b, y)}) for a, b in itertools.combinations(names, 2) for x in among[a] for y in among[b]
     }
-    singles = {(a, x) for a in names for x in among[a]}
     rows: list[Levels] = []
 
-    def gain(row: Levels) -> tuple[int, int]:
-        pairs = (frozenset(pair) for pair in itertools.combinations(row.items(), 2))
-        return sum(pair in left for pair in pairs), sum(item in singles for item in row.items())
+    def gain(row: Levels) -> int:
+        return sum(frozenset(pair) in left for pair in itertools.combinations(row.items(), 2))
 
-    while len(rows) < most and (left or singles):
-        row = max(({name: dice.choice(among[name]) for name in names} for _ in range(10)), key=gain)
-        if rows and gain(row) == (0, 0):
-            break
+    used = {(name, level): 0 for name in names for level in among[name]}
+
+    def drawn() -> Levels:
+        """A row of levels that have been used least, so that none is left out."""
+        least = {name: min(used[name, level] for level in among[name]) for name in names}
+        return {name: dice.choice([x for x in among[name] if used[name, x] == least[name]]) for name in names}
+
+    while len(rows) < most and left:
+        row = max((drawn() for _ in range(10)), key=gain)
         left -= {frozenset(pair) for pair in itertools.combinations(row.items(), 2)}
-        singles -= set(row.items())
+        for item in row.items():
+            used[item] += 1
         rows.append(row)
     return tuple(rows)

@@ -17,7 +17,7 @@ from gxpo_conformance.runs.levels import SIMPLEST, Levels, fitted
 
 RANDOM_RUNS = {"RND-01": 60, "RND-02": 140}  # of a verdict
 SEED = 0
-SHARE = 4  # of the awkward runs, one in so many is played in the further dtypes of a verdict, too
+SHARE = 6  # of the awkward runs, one in so many is played in the further dtypes of a verdict, too
 MOST_TRIES = 60  # to make a failing run smaller
 
 
