@@ -97,6 +97,13 @@ def a_failed_step_does_not_reach_the_gate(harness: Harness) -> None:
             run = harness.begin({"w": np.zeros(2)}, settings)
             for script in (*(observed(1.0, h) for h in CALM[:3]), odd, observed(1.0, 64.0), observed(1.0)):
                 run.step(script, judge="counts")
+    if declares(harness.capabilities, "gate_options:warmup"):  # though it is a step: one of the warm-up is over
+        for at in (0, 1, 2):
+            odd = [dict(g) for g in observed(1.0)]
+            odd[at] = {"w": np.array([np.nan, 0.0])}
+            run = harness.begin({"w": np.zeros(2)}, config(gate={"window": 2, "warmup": 2}))
+            for script in (odd, *map(observed, (64.0, 1.0, 1.25, 64.0, 1.0))):
+                run.step(script, judge="counts")
     if declares(harness.capabilities, "gate_options:patience"):  # it neither ends a streak nor belongs to it
         for at in (0, 1, 2):
             odd = [dict(g) for g in observed(2.0)]

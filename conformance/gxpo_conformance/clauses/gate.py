@@ -136,6 +136,9 @@ def history_grows_under_a_streak(harness: Harness) -> None:
 def two_sided_counts_low_values(harness: Harness) -> None:
     play(harness, [*CALM, 0.0625, 1.0], single=[5], two_sided=True)
     play(harness, [*CALM, 2.0, 1.0], single=[5], two_sided=True)
+    if declares(harness.capabilities, "gate_options:patience"):
+        play(harness, [*CALM, 0.0625, 1.0, 1.0], two_sided=True, patience=2)
+        play(harness, [*CALM, 0.0625, 0.0625, 1.0], single=[6], two_sided=True, patience=2)
 
 
 @check("GAT-14", coarse=True)
@@ -182,6 +185,9 @@ def ema_scores_from_before_the_update(harness: Harness) -> None:
     play(harness, [8.0, 8.0, 14.0, 8.0], **ema)  # z = 1.79
     # The variance takes (h - old mu)^2: after 14, mu is 10.125, sigma 6.27, and 22 scores 1.89; with the new mu 2.4.
     play(harness, [8.0, 8.0, 14.0, 22.0, 8.0], **ema)
+    play(harness, [*([8.0] * 12), 1.0, 8.0, 8.0], **ema)  # a low value, 60 deviations below
+    if declares(harness.capabilities, "gate_options:two_sided"):
+        play(harness, [*([8.0] * 12), 1.0, 8.0, 8.0], single=[13, 14], two_sided=True, **ema)
 
 
 @check("GAT-19")
@@ -213,6 +219,7 @@ def disagreement_is_watched(harness: Harness) -> None:
     play(harness, [*calm, turned(-1.0, 0.0), 1.0], statistic="disagreement")  # opposite agrees, by the absolute value
     play(harness, [*calm, turned(300.0, 400.0), 1.0], statistic="disagreement")
     play(harness, [*calm, turned(0.0, 0.0), 1.0], single=[5], statistic="disagreement")  # agrees with nothing: 1
+    play(harness, [*calm, turned(3.0 * 2.0**-40, 4.0 * 2.0**-40), 1.0, 1.0], statistic="disagreement")
     # A zero g~ has cosine 0, so h = 1, no more: usual where 0.9 and 1 are.
     wide = [turned(0.1, 0.995), turned(0.0, 1.0), turned(-0.1, 0.995), turned(0.0, 1.0)]
     play(harness, [*wide, turned(0.0, 0.0), 1.0], statistic="disagreement")

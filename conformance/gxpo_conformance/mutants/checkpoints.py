@@ -79,7 +79,7 @@ class MomentsSavedInFloat32(Functional):
         return saved
 
 
-@mutant("state-of-the-first-tensor", "saves the optimizer's state of the first tensor only", "CKP-04")
+@mutant("state-of-the-first-tensor", "saves the optimizer's state of the first tensor only", "CKP-10")
 class StateOfTheFirstTensor(Functional):
     def load(self, saved: Any) -> None:
         super().load(saved)

@@ -102,7 +102,7 @@ class ZeroBelowAThousandth(Functional):
         return norm < 1e-3
 
 
-@mutant("activity-floor-of-1e-6", "lets no coordinate below 1e-6 take part", "EST-01")
+@mutant("activity-floor-of-1e-6", "lets no coordinate below 1e-6 take part", "EST-03")
 class ActivityFloor(InPlace):
     def active(self, before: np.ndarray) -> np.ndarray:
         return super().active(before) & (np.abs(before) > (1e-6 if self.config["estimator"] == "gradient" else 0))
