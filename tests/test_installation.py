@@ -208,12 +208,12 @@ def test_the_suite_needs_numpy_and_no_torch(light: Environment, tmp_path: Path) 
     ("command", "says"),
     [
         (["python", "-c", "import gxpo"], "gxpo.py needs torch: pip install torch"),
-        (["gxpo-conformance"], "the bundled gxpo.py needs torch: pip install torch"),
+        (["gxpo-conformance"], "which is judged then, needs torch: name your port by --impl"),
         (["gxpo-toys", "list"], 'pip install "gxpo[toys]"'),
         (["python", "-m", "gxpo_toy_tasks.hunt"], "gxpo_toy_tasks.hunt needs torch: pip install torch"),
         (["python", "-m", "gxpo_reference.benchmarks"], "gxpo_reference.benchmarks needs torch: pip install torch"),
         (["python", "-m", "gxpo_reference.trainers.trl_example"], 'pip install "gxpo[trl]"'),
-        (["python", "-m", "gxpo_conformance.figures", "speed"], "needs torch: pip install torch"),
+        (["python", "-m", "gxpo_conformance.figures", "speed"], "needs torch: name your port by --impl"),
     ],
 )
 def test_what_needs_torch_says_so_in_a_sentence(
