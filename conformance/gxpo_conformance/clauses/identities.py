@@ -46,6 +46,10 @@ def arrays_are_not_shared(harness: Harness) -> None:
     run.step(SCRIPT)
     run.step([{"w": np.zeros(8)}] * 3)  # a single pass hands out copies as well
     run.step(SCRIPT)
+    if declares(harness.capabilities, "gate_options:max_active_steps"):  # nor in those of a closed gate
+        run = harness.begin({"w": THETA}, config(gate={"max_active_steps": 0}))
+        run.talk.scribble = True
+        run.step(SCRIPT)
 
 
 @check("DEV-03", coarse=True)
@@ -56,6 +60,14 @@ def gradients_are_taken_by_name(harness: Harness) -> None:
     script = [{"b": g["w"][:4].reshape(2, 2), "a": g["w"][4:].reshape(2, 2)} for g in SCRIPT]
     run.step(script)
     run.step(script)
+    declared = harness.capabilities
+    if declares(declared, "gate_statistics:disagreement") and declares(declared, "gate_baselines:window"):
+        one, other = np.array([1.0, 0.0]), np.array([0.0, 1.0])
+        along, across = {"b": one, "a": other}, {"b": other, "a": one}
+        run = harness.begin(across, config(gate={"statistic": "disagreement", "window": 4}))
+        run.talk.untidy = True
+        for last in (along, along, along, along, across, along):  # by order it would be the reverse
+            run.step([along, along, last], judge="counts")
 
 
 def points(harness: Harness, theta: Arrays, settings: Config, steps: Sequence[Source]) -> list[Arrays]:

@@ -60,10 +60,10 @@ def small_coordinates_are_not_extrapolated(harness: Harness) -> None:
     g0[:2] = 1.0, 0.5e-3
     run = harness.begin({"w": np.zeros(16)}, config(horizon=4))
     run.step([{"w": g0}, {"w": g0}, {"w": g0}])
-    # Of the tensor, not of a block of it.
-    g0 = np.concatenate([np.ones(1024), np.full(1024, 2.0**-12)])
-    run = harness.begin({"w": np.zeros(2048)}, config(horizon=4))
-    run.step([{"w": g0}, {"w": np.ones(2048)}, {"w": g0}])
+    # Of the tensor, not of a block of it, nor of its first entries.
+    g0 = np.concatenate([np.full(5000, 2.0**-12), np.ones(1000)])
+    run = harness.begin({"w": np.zeros(6000)}, config(horizon=4))
+    run.step([{"w": g0}, {"w": np.ones(6000)}, {"w": g0}])
     # Nor of a row of it.
     rows = {"w": np.array([[1.0, -1.0], [2.0**-12, -(2.0**-12)]])}
     run = harness.begin({"w": np.zeros((2, 2))}, config(horizon=4))

@@ -52,8 +52,9 @@ class Recorder:
             raise self.raise_what(f"{OWN}, raised out of gradient {i + 1}")
         loss, grads = self.answer(i, self.asked[-1])
         self.given.append((loss, grads))
-        if self.untidy:  # by name all the same: in another order, in the other memory layout
-            return loss, {k: np.array(g, order="F") for k, g in reversed(grads.items())}
+        if self.untidy:  # by name all the same: in the other memory layout, and not in one order throughout a step
+            names = reversed(grads) if i else iter(grads)
+            return loss, {k: np.array(grads[k], order="F") for k in names}
         return loss, {k: g.copy() for k, g in grads.items()}
 
     def answer(self, i: int, params: Arrays) -> tuple[float, Arrays]:
