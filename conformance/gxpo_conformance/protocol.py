@@ -149,8 +149,6 @@ def declares(capabilities: dict[str, Any], need: str) -> bool:
             capabilities[key] for key, choices in CAPABILITIES.items() if choices is bool
         )
     key, _, value = need.partition(":")
-    if key in FORMER:
-        return all(capabilities[means] for means in FORMER[key])
     return value in capabilities[key] if value else capabilities[key]
 
 

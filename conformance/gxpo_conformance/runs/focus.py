@@ -15,7 +15,6 @@ from gxpo_conformance.runs.levels import FACTORS, Levels, covering
 
 ALL = FACTORS
 NUMBERS = {"numbers": ("usual", "odd"), "start": ALL["start"]}
-SHAPES = {"sizes": ALL["sizes"], "scale": ALL["scale"]}
 SMALL = {"sizes": ("few", "one", "scalar", "several", "empty"), "scale": ("unit", "small", "mixed")}
 STATEFUL = {"optimizer": ("momentum", "adamw"), "decay": (False, True)}
 OPTIMIZERS = {"optimizer": ALL["optimizer"], "decay": (False, True)}
